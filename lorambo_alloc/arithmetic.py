@@ -1,0 +1,82 @@
+"""Exact sums of doubles, directed rounding, and fixed point.
+
+Every finite double is an integer times a power of two, so sums of doubles are exact in integers.
+`exact_sum` adds a large array without an error and without a Python loop over its entries;
+`to_fixed` writes doubles as 64-bit integers modulo 2^64, in which differences are exact as long
+as they themselves fit, however large the terms are.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+from lorambo_alloc.objectives import FloatArray, IntArray
+
+_CHUNK = 1 << 20  # entries; half-mantissas below 2^27 sum below 2^47, exact in a double
+
+
+def exact_sum(values: FloatArray) -> Fraction:
+    """The sum of finite doubles, exactly.
+
+    Example:
+        >>> exact_sum(np.array([2.0**60, 1.0, -(2.0**60)]))
+        Fraction(1, 1)
+    """
+    total = 0
+    for start in range(0, len(values), _CHUNK):
+        fraction, exponent = np.frexp(values[start : start + _CHUNK])
+        mantissa = np.ldexp(fraction, 53).astype(np.int64)
+        bins = exponent - exponent.min()
+        # The mantissa in two halves: each half's sums per exponent are exact in doubles.
+        high, low = mantissa >> 27, mantissa & ((1 << 27) - 1)
+        base = int(exponent.min()) - 53 + _SCALE
+        for half, shift in ((high, 27), (low, 0)):
+            sums = np.bincount(bins, weights=half.astype(np.float64))
+            for k in np.flatnonzero(sums).tolist():
+                total += int(sums[k]) << (base + shift + k)
+    return Fraction(total, 1 << _SCALE)
+
+
+# 2^-1074 is the smallest double and a mantissa is stretched to 53 bits, so this many binary
+# places hold every bit of every double.
+_SCALE = 1074 + 53 + 1
+
+
+def round_down(value: Fraction) -> float:
+    """The largest double that is not above the value."""
+    nearest = _to_float(value)
+    return nearest if Fraction(nearest) <= value else math.nextafter(nearest, -math.inf)
+
+
+def round_up(value: Fraction) -> float:
+    """The smallest double that is not below the value."""
+    return -round_down(-value)
+
+
+def _to_float(value: Fraction) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        limit = math.nextafter(math.inf, 0.0)
+        return limit if value > 0 else -limit
+
+
+def to_fixed(values: FloatArray, exponent: int) -> tuple[IntArray, bool]:
+    """Doubles in units of 2^exponent, rounded down, modulo 2^64.
+
+    Returns:
+        The integers (sums and differences of them are right modulo 2^64), and whether no bit
+        was lost in rounding down.
+    """
+    fraction, exponents = np.frexp(values)
+    mantissa = np.ldexp(fraction, 53).astype(np.int64)
+    shift = exponents.astype(np.int64) - (53 + exponent)
+    left = np.minimum(np.maximum(shift, 0), 63)
+    right = np.minimum(np.maximum(-shift, 0), 63)
+    fixed = (mantissa << left) >> right
+    lost = (fixed << right) != (mantissa << left)
+    fixed[shift > 63] = 0
+    return fixed, not bool(np.any(lost & (shift < 0)))

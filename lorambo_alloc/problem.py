@@ -1,0 +1,404 @@
+"""The allocation problem: curves, costs, a budget and limits. All validation lives here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+
+from lorambo_alloc.arithmetic import exact_sum
+from lorambo_alloc.arrays import FlatLayers, first_ascent
+from lorambo_alloc.costs import (
+    PerLayer,
+    UniformRank,
+    exact_dot,
+    per_layer,
+    whole_number,
+    whole_numbers,
+)
+from lorambo_alloc.curves import GainCurves, Spectra, check_shapes
+from lorambo_alloc.gains import Gains
+from lorambo_alloc.objectives import FloatArray, IntArray, Objective, parse_objective, schatten
+
+Limit: TypeAlias = int | Mapping[str, int] | None
+AllowedRanks: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]] | None
+
+
+class InfeasibleError(ValueError):
+    """The minimum ranks cost more than the budget.
+
+    Attributes:
+        minimum_budget: the smallest feasible budget, in the units of the costs.
+    """
+
+    def __init__(self, budget: int, minimum_budget: int) -> None:
+        super().__init__(
+            f"budget: the minimum ranks cost {minimum_budget}, more than the budget {budget}; "
+            f"the smallest feasible budget is {minimum_budget}"
+        )
+        self.minimum_budget = minimum_budget
+
+
+class Problem:
+    """Maximise sum_i F_i(r_i) subject to sum_i (c_i r_i + f_i [r_i > 0]) <= budget and limits.
+
+    F_i(r) is the exact sum of the doubles that are layer i's gains of ranks 1 .. r.
+
+    Args:
+        spectra: name to a 1-D array of singular values, descending; or `Spectra`; or a sequence
+            of arrays or a 2-D array, whose layers are named "0", "1", ...; or `GainCurves`.
+            Anything with `__array__` or DLPack on the host is taken.
+        budget: a whole number in the units of the costs, or `uniform_rank(r)`.
+        shapes: name to (d, k); a rank then costs d + k parameters. `Spectra` carry their own.
+        costs: the cost of one rank, whole numbers from 1 to 2^53; takes precedence over
+            `shapes`. With neither, a rank costs 1 and the budget counts ranks.
+        fixed_costs: charged once if the layer's rank is above 0, whole numbers from 0 to 2^53.
+        objective: "frobenius", "nuclear", "operator", `schatten(p)` or `log(noise)`. Gain curves
+            are gains already: leave it.
+        weights: one factor >= 0 a layer on its gains (`operator`: on its singular values).
+        min_rank: the least rank, for all layers or by name (layers left out: 0).
+        max_rank: the greatest rank, for all layers or by name (layers left out: no limit).
+        multiple_of: ranks are multiples of this.
+        allowed_ranks: the ranks to choose from, for all layers or by name (layers left out:
+            no limit). 0 is allowed only where it is listed.
+        tied: groups of layer names that share one rank.
+
+    `costs`, `fixed_costs` and `weights` are mappings with every layer's name, or sequences in
+    layer order.
+
+    Raises:
+        ValueError: an argument is not of this form; the message names the layer, what was
+            expected and what came.
+        InfeasibleError: the minimum ranks cost more than the budget.
+
+    Attributes:
+        names: the layers' names, in order.
+        costs: cost of one rank, int64 by layer.
+        fixed_costs: cost of a rank above 0, int64 by layer.
+        budget: an int in the same units.
+        objective: the `Objective`.
+        lower: the least allowed rank, int64 by layer.
+        upper: the greatest allowed rank, int64 by layer.
+        groups: the tied groups, as tuples of layer indices.
+    """
+
+    def __init__(
+        self,
+        spectra: object,
+        budget: int | UniformRank,
+        *,
+        shapes: PerLayer[tuple[int, int]] | None = None,
+        costs: PerLayer[int] | None = None,
+        fixed_costs: PerLayer[int] | None = None,
+        objective: str | Objective = "frobenius",
+        weights: PerLayer[float] | None = None,
+        min_rank: Limit = 0,
+        max_rank: Limit = None,
+        multiple_of: int = 1,
+        allowed_ranks: AllowedRanks = None,
+        tied: Iterable[Sequence[str]] = (),
+    ) -> None:
+        self.objective = parse_objective(objective)
+        self.curves = spectra if isinstance(spectra, (Spectra, GainCurves)) else Spectra(spectra)
+        layers = self.curves.layers
+        self.names = layers.names
+        self._index = {name: i for i, name in enumerate(self.names)}
+        self.costs = self._parse_costs(shapes, costs)
+        ones = np.ones(len(self.names), dtype=np.int64)
+        self.fixed_costs = (
+            0 * ones
+            if fixed_costs is None
+            else whole_numbers(fixed_costs, self.names, "fixed_costs", 0)
+        )
+        self.weights: FloatArray | None = (
+            None
+            if weights is None
+            else np.array(per_layer(weights, self.names, "weights", _weight), dtype=np.float64)
+        )
+        self.gains, self.totals = self._parse_gains()
+        self.max_lengths = layers.lengths - (1 if isinstance(self.curves, GainCurves) else 0)
+        self.multiple_of = whole_number(multiple_of, "multiple_of", least=1)
+        self.groups = self._parse_tied(tied)
+        self.lower, self.upper = self._parse_limits(min_rank, max_rank)
+        self._allowed = self._parse_allowed(allowed_ranks)
+        self._tighten_limits()
+        if isinstance(budget, UniformRank):
+            self.budget = budget.cost(self.costs, self.fixed_costs)
+        else:
+            self.budget = whole_number(budget, "budget", least=0)
+        if min(self.budget, self.cost_of(self.upper)) >= 1 << 62:
+            raise ValueError(
+                f"budget: expected a budget, or a cost of the greatest ranks, below 2^62, got "
+                f"{self.budget}; divide costs and budget by a common factor"
+            )
+        minimum = self.cost_of(self.lower)
+        if minimum > self.budget:
+            raise InfeasibleError(self.budget, minimum)
+
+    @property
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """The tied groups, by name."""
+        return tuple(tuple(self.names[i] for i in group) for group in self.groups)
+
+    @property
+    def concave_unit_steps(self) -> bool:
+        """Whether every layer's choices are single ranks of descending gain, free of each other.
+
+        Then taking the best increments never breaks the order within a layer.
+        """
+        if self._concave is None:
+            self._concave = (
+                self.gains is not None
+                and self.multiple_of == 1
+                and not self._allowed
+                and not self.groups
+                and not np.any(self.fixed_costs)
+                and (isinstance(self.curves, Spectra) or first_ascent(self.gains.layers) is None)
+            )
+        return self._concave
+
+    def allowed_ranks(self, i: int) -> IntArray:
+        """The ranks that layer i may take, ascending (ties with other layers included)."""
+        first, last, step = int(self.lower[i]), int(self.upper[i]), self.multiple_of
+        listed = self._allowed.get(i)
+        if listed is None:
+            return np.arange(first, last + 1, step, dtype=np.int64)
+        return listed
+
+    @property
+    def variables(self) -> list[tuple[int, ...]]:
+        """The layers of each free choice: the tied groups, and every other layer alone."""
+        tied = {i for group in self.groups for i in group}
+        alone = ((i,) for i in range(len(self.names)) if i not in tied)
+        return sorted([*self.groups, *alone])
+
+    def has_list(self, i: int) -> bool:
+        """Whether layer i chooses from an explicit list (its own, or one it is tied to)."""
+        return i in self._allowed
+
+    def curve(self, i: int) -> FloatArray:
+        """F_i(0), ..., F_i(R), to rounding; not for `operator`."""
+        if self.gains is not None:
+            return np.concatenate([[0.0], np.cumsum(self.gains.row(i))])
+        assert self.totals is not None
+        return self.totals.row(i)
+
+    def cost_at(self, group: Iterable[int], rank: int) -> int:
+        """What one rank costs in all layers of a group together."""
+        return sum(
+            int(self.costs[i]) * rank + (int(self.fixed_costs[i]) if rank else 0) for i in group
+        )
+
+    def cost_of(self, ranks: IntArray) -> int:
+        """The cost of a rank vector, exactly."""
+        return exact_dot(self.costs, ranks) + exact_dot(
+            self.fixed_costs, (ranks > 0).astype(np.int64)
+        )
+
+    def value_of(self, ranks: IntArray) -> Fraction:
+        """sum_i F_i(r_i), exactly; for `operator`, minus the largest discarded value.
+
+        Args:
+            ranks: int64 by layer.
+        """
+        if self.objective.kind == "operator":
+            tails = self.tails(ranks)
+            return -Fraction(float(np.max(tails, initial=0.0)))
+        if self.gains is not None:
+            return exact_sum(self.gains.selected(0 * ranks, ranks)[2])
+        assert self.totals is not None
+        return exact_sum(self.totals.flat[self.totals.offsets[:-1] + ranks])
+
+    def value_difference(self, ranks: IntArray, other: IntArray) -> Fraction:
+        """value_of(ranks) - value_of(other), exactly; quick where few layers differ."""
+        if self.gains is not None:
+            gained = self.gains.selected(other, np.maximum(ranks, other))[2]
+            given_up = self.gains.selected(ranks, np.maximum(ranks, other))[2]
+            return exact_sum(np.concatenate([gained, -given_up]))
+        assert self.totals is not None
+        differ = np.flatnonzero(ranks != other)
+        starts = self.totals.offsets[:-1][differ]
+        flat = self.totals.flat
+        return exact_sum(
+            np.concatenate([flat[starts + ranks[differ]], -flat[starts + other[differ]]])
+        )
+
+    def tails(self, ranks: IntArray) -> FloatArray:
+        """Per layer the largest discarded w_i sigma_j, j = r_i + 1; 0 where none is left."""
+        layers = self.curves.layers
+        inside = ranks < layers.lengths
+        positions = layers.offsets[:-1] + np.where(inside, ranks, 0)
+        sigma = layers.flat[positions].astype(np.float64, copy=False)
+        tails = np.where(inside, sigma, 0.0)
+        return tails if self.weights is None else tails * self.weights
+
+    def check(self, ranks: IntArray) -> None:
+        """Raise ValueError unless the rank vector obeys every limit, tie and the budget."""
+        if ranks.shape != (len(self.names),) or ranks.dtype.kind not in "iu":
+            raise ValueError(
+                f"ranks: expected {len(self.names)} whole numbers, got {ranks.dtype} of shape "
+                f"{ranks.shape}"
+            )
+        outside = (ranks < self.lower) | (ranks > self.upper) | (ranks % self.multiple_of != 0)
+        for i, listed in self._allowed.items():
+            outside[i] |= int(ranks[i]) not in listed
+        for i in np.flatnonzero(outside)[:1].tolist():
+            raise ValueError(f"layer {self.names[i]!r}: rank {ranks[i]} is not allowed")
+        for group in self.groups:
+            if len(set(ranks[list(group)].tolist())) > 1:
+                raise ValueError(f"tied layers {self.names[group[0]]!r}, ... differ in rank")
+        cost = self.cost_of(ranks)
+        if cost > self.budget:
+            raise ValueError(f"the ranks cost {cost}, more than the budget {self.budget}")
+
+    # -- parsing ---------------------------------------------------------------------------------
+
+    def _parse_costs(
+        self, shapes: PerLayer[tuple[int, int]] | None, costs: PerLayer[int] | None
+    ) -> IntArray:
+        carried: Mapping[str, tuple[int, int]] | None = None
+        if isinstance(self.curves, Spectra):
+            carried = self.curves.shapes
+        if shapes is not None:
+            if not isinstance(shapes, Mapping):
+                shapes = dict(zip(self.names, per_layer(shapes, self.names, "shapes", _same)))
+            shapes = check_shapes(shapes, self.curves.layers)
+        if costs is not None:
+            return whole_numbers(costs, self.names, "costs", 1)
+        named = shapes if shapes is not None else carried
+        if named is None:
+            return np.ones(len(self.names), dtype=np.int64)
+        return np.array([d + k for d, k in named.values()], dtype=np.int64)
+
+    def _parse_gains(self) -> tuple[Gains | None, FlatLayers | None]:
+        self._concave: bool | None = None
+        if isinstance(self.curves, Spectra):
+            layers = self.curves.layers
+            if self.objective.kind == "operator":
+                return None, None
+            gains = Gains(layers, self.objective, self.weights)
+            gains.check_range(layers.flat[layers.offsets[:-1]].astype(np.float64, copy=False))
+            return gains, None
+        if self.objective != schatten(2):
+            raise ValueError(
+                f"objective: gain curves are gains already, got objective {str(self.objective)!r}"
+            )
+        if self.curves.increments is not None:
+            return Gains(self.curves.increments, schatten(1), self.weights), None
+        totals = self.curves.layers
+        flat = totals.flat.astype(np.float64, copy=False)
+        if self.weights is not None:
+            flat = flat * np.repeat(self.weights, totals.lengths)
+        return None, FlatLayers(totals.names, flat, totals.offsets)
+
+    def _parse_tied(self, tied: Iterable[Sequence[str]]) -> tuple[tuple[int, ...], ...]:
+        seen: set[str] = set()
+        groups: list[tuple[int, ...]] = []
+        for group in tied:
+            if isinstance(group, str):
+                raise ValueError(f"tied: expected groups of layer names, got the string {group!r}")
+            for name in group:
+                if name not in self._index:
+                    raise ValueError(f"tied: layer {name!r} is not among the spectra")
+                if name in seen:
+                    raise ValueError(f"tied: layer {name!r} appears twice")
+                seen.add(name)
+            if len(group) > 1:
+                groups.append(tuple(self._index[name] for name in group))
+        return tuple(groups)
+
+    def _parse_limits(self, min_rank: Limit, max_rank: Limit) -> tuple[IntArray, IntArray]:
+        lower = self._parse_limit(min_rank, "min_rank", 0 * self.max_lengths)
+        upper = self._parse_limit(max_rank, "max_rank", self.max_lengths)
+        for i in np.flatnonzero(lower > self.max_lengths)[:1].tolist():
+            raise ValueError(
+                f"min_rank: layer {self.names[i]!r}: expected at most {self.max_lengths[i]}, the "
+                f"ranks its curve has, got {lower[i]}"
+            )
+        upper = np.minimum(upper, self.max_lengths)
+        for i in np.flatnonzero(lower > upper)[:1].tolist():
+            raise ValueError(
+                f"layer {self.names[i]!r}: min_rank {lower[i]} is above max_rank {upper[i]}"
+            )
+        return lower, upper
+
+    def _parse_limit(self, limit: Limit, what: str, default: IntArray) -> IntArray:
+        result = default.copy()
+        if limit is None:
+            return result
+        if not isinstance(limit, Mapping):
+            result[:] = min(whole_number(limit, what, least=0), 1 << 53)
+            return result
+        for name, value in limit.items():
+            if name not in self._index:
+                raise ValueError(f"{what}: layer {name!r} is not among the spectra")
+            number = whole_number(value, f"{what}: layer {name!r}", least=0)
+            result[self._index[name]] = min(number, 1 << 53)
+        return result
+
+    def _parse_allowed(self, allowed: AllowedRanks) -> dict[int, IntArray]:
+        """Explicit lists by layer index, within the limits and multiples."""
+        if allowed is None:
+            return {}
+        named: Mapping[str, Sequence[int]] = (
+            cast(Mapping[str, Sequence[int]], allowed)
+            if isinstance(allowed, Mapping)
+            else dict.fromkeys(self.names, allowed)
+        )
+        result: dict[int, IntArray] = {}
+        for name, listed in named.items():
+            if name not in self._index:
+                raise ValueError(f"allowed_ranks: layer {name!r} is not among the spectra")
+            where = f"allowed_ranks: layer {name!r}"
+            try:
+                numbers = sorted({whole_number(rank, where, least=0) for rank in listed})
+            except TypeError:
+                raise ValueError(f"{where}: expected a list of ranks, got {listed!r}") from None
+            i = self._index[name]
+            result[i] = np.array(
+                [r for r in numbers if self.lower[i] <= r <= self.upper[i]], dtype=np.int64
+            )
+        return result
+
+    def _tighten_limits(self) -> None:
+        """Move lower and upper to ranks that exist; intersect tied groups."""
+        step = self.multiple_of
+        self.lower = -(-self.lower // step) * step
+        self.upper = self.upper // step * step
+        for i, listed in self._allowed.items():
+            self._allowed[i] = listed[listed % step == 0]
+        for group in self.groups:
+            members = list(group)
+            lower, upper = int(np.max(self.lower[members])), int(np.min(self.upper[members]))
+            self.lower[members], self.upper[members] = lower, upper
+            lists = [self._allowed[i] for i in members if i in self._allowed]
+            if lists:
+                common = lists[0]
+                for other in lists[1:]:
+                    common = np.intersect1d(common, other)
+                common = common[(common >= lower) & (common <= upper)]
+                for i in members:
+                    self._allowed[i] = common
+        for i, listed in self._allowed.items():
+            self.lower[i], self.upper[i] = (listed[0], listed[-1]) if len(listed) else (1, 0)
+        for i in np.flatnonzero(self.lower > self.upper)[:1].tolist():
+            raise ValueError(
+                f"layer {self.names[i]!r}: no rank satisfies min_rank, max_rank, multiple_of, "
+                "allowed_ranks and tied together"
+            )
+
+
+def _weight(value: Any, where: str) -> float:
+    try:
+        weight = float(value)
+    except (TypeError, ValueError):
+        weight = float("nan")
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"{where}: expected a finite weight >= 0, got {value!r}")
+    return weight
+
+
+def _same(value: Any, where: str) -> Any:
+    return value

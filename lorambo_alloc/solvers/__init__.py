@@ -1,0 +1,1 @@
+"""One algorithm a file: a Problem in, an Allocation out."""

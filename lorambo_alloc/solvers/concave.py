@@ -1,0 +1,263 @@
+"""Single ranks of descending gain: water-filling, and classes of equal cost.
+
+A layer's increments come in descending order, so best responses to a price are prefixes, found by
+binary search: the gains themselves are never sorted or copied. Increments of equal cost are
+interchangeable, so all layers of one cost form one concave class, which is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lorambo_alloc.arithmetic import to_fixed
+from lorambo_alloc.costs import exact_dot
+from lorambo_alloc.gains import Gains
+from lorambo_alloc.objectives import FloatArray, IntArray
+from lorambo_alloc.problem import Problem
+from lorambo_alloc.solvers.core import Core, Price, Relaxed
+from lorambo_alloc.solvers.core_program import Class
+
+_SORT_AT_MOST = 8192  # increments that are sorted outright once a price bracket holds no more
+
+
+@dataclass(frozen=True)
+class Increments:
+    """Single increments: rank `ranks[n]` of layer `rows[n]` gains `gains[n]`."""
+
+    rows: IntArray
+    ranks: IntArray
+    gains: FloatArray
+
+
+class ConcaveForm:
+    """A problem whose `concave_unit_steps` holds."""
+
+    name = "core dynamic program over cost classes"
+
+    def __init__(self, problem: Problem) -> None:
+        assert problem.gains is not None
+        self.problem = problem
+        self._gains: Gains = problem.gains
+        self._lower = problem.lower
+        self._budget = problem.budget - exact_dot(problem.costs, problem.lower)
+        # A rank that alone breaks the budget is never taken; leaving it out keeps products in
+        # 64 bits.
+        self._upper = np.minimum(problem.upper, self._lower + self._budget // problem.costs)
+        free = self._upper > self._lower
+        self.unit = int(np.gcd.reduce(problem.costs[free])) if free.any() else 1
+        self._costs = problem.costs // self.unit
+        self._budget //= self.unit
+
+    def relax(self) -> Relaxed:
+        """Water-filling: narrow a price bracket by sampled quantiles, then sort what is left."""
+        costs = self._costs.astype(np.float64)
+        outer = self._prefix(0.0 * costs, self._lower, self._upper)  # too much, at the lower price
+        if self._spent(outer) <= self._budget:
+            return Relaxed(0.0, outer, outer)
+        inner = self._lower  # fits, at the higher price
+        while (left := int(np.sum(outer - inner))) > max(_SORT_AT_MOST, 2 * len(costs)):
+            for price in self._guess(inner, outer):
+                ranks = self._prefix(price * costs, inner, outer)
+                if self._spent(ranks) > self._budget:
+                    outer = ranks
+                else:
+                    inner = ranks
+            if int(np.sum(outer - inner)) > left - left // 8:
+                # Stalled on equal densities: take them all together, or none.
+                price = self._guess(inner, outer)[0]
+                ties = self._prefix(price * costs * (1 - 2.0**-50), inner, outer)
+                above = self._prefix(price * costs * (1 + 2.0**-50), inner, ties)
+                if self._spent(ties) <= self._budget:
+                    inner = ties
+                elif self._spent(above) > self._budget:
+                    outer = above
+                else:
+                    return self._fill_ties(price, above, ties)
+        return self._fill_sorted(inner, outer)
+
+    def _prefix(self, thresholds: FloatArray, low: IntArray, high: IntArray) -> IntArray:
+        """Per layer the number of gains above its threshold, known to be in [low, high]."""
+        rows = np.arange(len(low), dtype=np.int64)
+        low, high = low.copy(), high.copy()
+        for _ in range(int(np.max(high - low, initial=0)).bit_length()):
+            middle = (low + high + 1) >> 1
+            # Where low == high the probe is rank `low`; look at rank 1 instead of rank 0.
+            above = self._gains.at(rows, np.maximum(middle, 1)) > thresholds
+            open_ = low < high
+            low = np.where(above & open_, middle, low)
+            high = np.where(above | ~open_, high, middle - 1)
+        return low
+
+    def _spent(self, ranks: IntArray) -> int:
+        return exact_dot(self._costs, ranks - self._lower)
+
+    def _guess(self, inner: IntArray, outer: IntArray) -> tuple[float, float]:
+        """Two prices that probably enclose the one sought, from evenly spaced increments."""
+        rows = np.flatnonzero(outer > inner)
+        width = (outer - inner)[rows]
+        samples = max(4, 4096 // len(rows))
+        steps = (np.arange(samples) + 0.5) / samples
+        ranks = inner[rows, None] + 1 + (width[:, None] * steps).astype(np.int64)
+        rows_flat = np.repeat(rows, samples)
+        costs = self._costs[rows_flat].astype(np.float64)
+        densities = self._gains.at(rows_flat, ranks.ravel()) / costs
+        weights = costs * np.repeat(width / samples, samples)
+        order = np.argsort(-densities)
+        spent = np.cumsum(weights[order])
+        sought = float(self._budget - self._spent(inner))
+        slack = spent[-1] / (2 * samples)
+        ends = np.searchsorted(spent, [sought - slack, sought + slack])
+        first, last = densities[order[np.minimum(ends, len(order) - 1)]].tolist()
+        return first, last
+
+    def _fill_ties(self, price: float, inner: IntArray, outer: IntArray) -> Relaxed:
+        """Increments in (inner, outer] all have the price's density: take layers in turn."""
+        ranks = inner.copy()
+        residual = self._budget - self._spent(inner)
+        for i in np.flatnonzero(outer > inner).tolist():
+            cost = int(self._costs[i])
+            step = min(int(outer[i] - inner[i]), residual // cost)
+            ranks[i] += step
+            residual -= step * cost
+        return Relaxed(price, ranks, ranks)
+
+    def _fill_sorted(self, inner: IntArray, outer: IntArray) -> Relaxed:
+        """Take increments in (inner, outer] by density; then whatever still fits."""
+        rows, _, gains = self._gains.selected(inner, outer)
+        costs = self._costs[rows]
+        densities = gains / costs
+        order = np.argsort(-densities, kind="stable")
+        rows, costs = rows[order], costs[order]
+        residual = self._budget - self._spent(inner)
+        taken = _affordable_prefix(costs, residual)
+        ranks = inner + np.bincount(rows[:taken], minlength=len(inner))
+        price = float(densities[order[taken]])
+        feasible = ranks.copy()
+        residual -= exact_dot(costs[:taken], np.ones(taken, dtype=np.int64))
+        rows, costs = rows[taken:], costs[taken:]
+        while len(rows := rows[fits := costs <= residual]):
+            costs = costs[fits]
+            taken = _affordable_prefix(costs, residual)
+            feasible += np.bincount(rows[:taken], minlength=len(inner))
+            residual -= exact_dot(costs[:taken], np.ones(taken, dtype=np.int64))
+            rows, costs = rows[taken:], costs[taken:]
+        return Relaxed(price, ranks, feasible)
+
+    def nearest(self, price: float, ranks: IntArray, count: int) -> Increments:
+        """The increments on both sides of the break with the density nearest to the price."""
+        reach = count // max(len(ranks), 1) + 1
+        items = self._around(
+            np.maximum(ranks - reach, self._lower), np.minimum(ranks + reach, self._upper)
+        )
+        costs = self._costs[items.rows]
+        distance = np.abs(items.gains / costs - price)
+        if len(distance) <= count:
+            return items
+        keep = np.sort(np.argpartition(distance, count)[:count])
+        return Increments(items.rows[keep], items.ranks[keep], items.gains[keep])
+
+    def within(self, price: float, ranks: IntArray, window: float) -> Increments:
+        """Increments that differ from price * cost by less than the window."""
+        level = price * self._costs.astype(np.float64)
+        margin = window + level * 2.0**-50  # and what rounding may hide
+        return self._around(
+            self._prefix(level + margin, self._lower, ranks),
+            self._prefix(level - margin, ranks, self._upper),
+        )
+
+    def _around(self, low: IntArray, high: IntArray) -> Increments:
+        return Increments(*self._gains.selected(low, high))
+
+    def size(self, items: Increments) -> int:
+        """The number of increments."""
+        return len(items.rows)
+
+    def finest(self, items: Increments) -> int:
+        """Exponent of the last bit of the smallest gain above 0."""
+        exponents = np.frexp(items.gains[items.gains != 0])[1]
+        return int(exponents.min(initial=1024)) - 53
+
+    def core(self, items: Increments, price: Price, ranks: IntArray, window: int) -> Core:
+        """Exact penalties |gain - price * cost|, merged into one class a cost."""
+        costs = self._costs[items.rows]
+        fixed, exact = to_fixed(items.gains, price.exponent)
+        net = fixed - price.units * costs  # exact modulo 2^64, and small
+        taken = items.ranks <= ranks[items.rows]
+        low = 0 if exact else len(net)
+        # Rounding may have put an increment on the wrong side of the price; move it.
+        wrong = np.where(taken, net < 0, net > 0)
+        moved = np.where(taken, -1, 1)[wrong]
+        ranks = ranks + np.bincount(
+            items.rows[wrong], weights=moved, minlength=len(ranks)
+        ).astype(np.int64)
+        taken = taken ^ wrong
+        penalties = np.abs(net)
+        if not exact:  # rounded down, the gain of an addition is understated by up to one unit
+            penalties = np.maximum(penalties - np.where(taken, 0, 1), 0)
+        # Within a layer penalties grow away from the break, so a class's cheapest deviations are
+        # next ranks; equal ones are put in that order.
+        distance = np.where(taken, -items.ranks, items.ranks)
+        order = np.lexsort((distance, penalties, taken, costs))
+        keys = costs[order] * 2 + taken[order]
+        starts = np.flatnonzero(np.diff(keys, prepend=-1))
+        classes: dict[int, list[tuple[bool, IntArray, IntArray]]] = {}
+        stops = np.flatnonzero(np.diff(keys, append=-1)) + 1
+        for start, stop in zip(starts, stops, strict=True):
+            members = order[start:stop]
+            sums = _sums_below(penalties[members], window)
+            classes.setdefault(int(costs[members[0]]), []).append(
+                (bool(taken[members[0]]), items.rows[members[: len(sums)]], sums)
+            )
+        merged = [_merge(cost, parts) for cost, parts in classes.items()]
+        merged = [pair for pair in merged if len(pair[0].moves)]
+        merged.sort(key=lambda pair: min(pair[0].slopes()))
+        return Core(ranks, [c for c, _ in merged], [rows for _, rows in merged], low)
+
+    def apply(self, core: Core, choices: list[int]) -> IntArray:
+        """Take or give back the first few increments of each class."""
+        ranks = core.ranks.copy()
+        for choice, group, (cost, additions, removals) in zip(
+            choices, core.classes, core.decode, strict=True
+        ):
+            count = int(group.moves[choice - 1]) // cost if choice else 0
+            np.add.at(ranks, additions[: max(count, 0)], 1)
+            np.add.at(ranks, removals[: max(-count, 0)], -1)
+        return ranks
+
+
+def _merge(
+    cost: int, parts: list[tuple[bool, IntArray, IntArray]]
+) -> tuple[Class, tuple[int, IntArray, IntArray]]:
+    """One class from the additions and the removals of one cost."""
+    moves: list[IntArray] = []
+    penalties: list[IntArray] = []
+    rows = [np.zeros(0, dtype=np.int64)] * 2
+    for taken, layer_rows, sums in parts:
+        moves.append(np.arange(1, len(sums) + 1, dtype=np.int64) * (-cost if taken else cost))
+        penalties.append(sums)
+        rows[int(taken)] = layer_rows
+    return Class(np.concatenate(moves), np.concatenate(penalties)), (cost, rows[0], rows[1])
+
+
+def _sums_below(penalties: IntArray, window: int) -> IntArray:
+    """Running sums of ascending penalties, as far as they stay below the window."""
+    # In doubles first: a long sum could leave 64 bits.
+    count = int(np.searchsorted(np.cumsum(penalties, dtype=np.float64), 2.0 * window + 1))
+    sums = np.cumsum(penalties[:count])
+    return sums[: int(np.searchsorted(sums, window))]
+
+
+def _affordable_prefix(costs: IntArray, budget: int) -> int:
+    """How many leading costs fit into the budget together."""
+    spent = np.cumsum(costs, dtype=np.float64)
+    if len(spent) and spent[-1] < math.ldexp(1.0, 53):
+        return int(np.searchsorted(spent, budget, side="right"))
+    total = 0
+    for n, cost in enumerate(costs.tolist()):
+        total += cost
+        if total > budget:
+            return n
+    return len(costs)

@@ -1,0 +1,111 @@
+"""What the exact solver asks of a problem's form: a relaxation, and its core near a price."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lorambo_alloc.objectives import IntArray
+from lorambo_alloc.problem import Problem
+from lorambo_alloc.solvers.core_program import Class
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """The break solution at the price where best responses cross the budget.
+
+    Attributes:
+        price: gain per reduced unit of cost; 0 where the budget does not bind.
+        ranks: best responses at that price (ties broken to fit), within the budget.
+        feasible: `ranks` filled up greedily; the first incumbent.
+    """
+
+    price: float
+    ranks: IntArray
+    feasible: IntArray
+
+
+@dataclass(frozen=True)
+class Core:
+    """Deviations from best responses, exact in units of 2^exponent.
+
+    Attributes:
+        ranks: best responses at the price, exactly (up to `low`).
+        classes: the deviations, most promising first.
+        decode: for each class, what its options do to the ranks; private to the form.
+        low: by how many units, at most, a solution's loss may be understated (0: exact).
+    """
+
+    ranks: IntArray
+    classes: list[Class]
+    decode: list[Any]
+    low: int
+
+
+@dataclass(frozen=True)
+class Price:
+    """A price as an integer in a fixed point: `units * 2^exponent` per reduced unit of cost.
+
+    The exponent is the unit of all gains in the core. It is small enough to hold every bit of
+    the price (and of the core's gains, where `finest` allows) and large enough for losses up to
+    the window to stay below 2^58.
+    """
+
+    units: int
+    exponent: int
+
+    @property
+    def value(self) -> float:
+        """The price as a double; exact."""
+        return math.ldexp(self.units, self.exponent)
+
+    @classmethod
+    def of(cls, price: float, window: float, finest: int) -> Price:
+        """Fit the fixed point.
+
+        Args:
+            price: a double > 0.
+            window: no loss above this matters.
+            finest: exponent of the last bit of the core's gains.
+        """
+        last_bit = math.frexp(price)[1] - 53
+        coarsest = math.frexp(window)[1] - 58 if window > 0 else last_bit - 6
+        exponent = max(min(last_bit, finest), coarsest, last_bit - 6)
+        return cls(max(int(math.ldexp(price, -exponent)), 1), exponent)
+
+
+class Form(Protocol):
+    """A problem seen as deviations from best responses. Costs are divided by `unit`."""
+
+    problem: Problem
+    unit: int
+    name: str
+
+    def relax(self) -> Relaxed:
+        """Find the price and the break solution."""
+        ...
+
+    def nearest(self, price: float, ranks: IntArray, count: int) -> Any:
+        """About `count` deviations of the smallest penalty per unit of cost; a heuristic."""
+        ...
+
+    def within(self, price: float, ranks: IntArray, window: float) -> Any:
+        """All deviations of penalty below `window` (some above it may be among them)."""
+        ...
+
+    def size(self, items: Any) -> int:
+        """How many deviations `nearest` or `within` returned."""
+        ...
+
+    def finest(self, items: Any) -> int:
+        """Exponent of the last bit of the deviations' gains."""
+        ...
+
+    def core(self, items: Any, price: Price, ranks: IntArray, window: int) -> Core:
+        """Exact penalties, best responses and classes; options at `window` or above left out."""
+        ...
+
+    def apply(self, core: Core, choices: list[int]) -> IntArray:
+        """The rank vector of one choice a class."""
+        ...

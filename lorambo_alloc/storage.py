@@ -1,0 +1,75 @@
+"""One file a result: versioned npz, no pickle, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Header = dict[str, Any]
+
+
+def write(
+    path: str | os.PathLike[str],
+    kind: str,
+    version: int,
+    header: Header,
+    arrays: Mapping[str, npt.NDArray[Any]],
+) -> None:
+    """Write arrays and a JSON header to `path`; a failure leaves an older file as it was."""
+    target = Path(path)
+    text = json.dumps({"kind": kind, "version": version, **header})
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez_compressed(file, header=np.array(text), **dict(arrays))
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(
+    path: str | os.PathLike[str], kind: str, version: int
+) -> tuple[Header, dict[str, npt.NDArray[Any]]]:
+    """Read what `write` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of this library's, of another kind, newer, or damaged.
+    """
+    place = os.fspath(path)
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{place}: expected an npz file of lorambo-alloc, got: {error}") from error
+    except Exception as error:  # zlib.error and the like, from damaged members
+        raise ValueError(f"{place}: the file is damaged: {error}") from error
+    try:
+        header = json.loads(str(arrays.pop("header")))
+        found, found_version = header["kind"], int(header["version"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{place}: expected a file of lorambo-alloc, got another npz file") from error
+    if found != kind:
+        raise ValueError(f"{place}: expected a file of kind {kind!r}, got {found!r}")
+    if found_version > version:
+        raise ValueError(
+            f"{place}: expected {kind} version {version} or older, got {found_version}: "
+            "a newer lorambo-alloc wrote it"
+        )
+    return header, arrays
