@@ -25,8 +25,8 @@ class OptionTable:
         offsets: int64, one more than there are variables.
         ranks: the rank of each option, ascending within a variable.
         costs: the cost of each option.
-        values: F of each option, rounded; `value_error` bounds the rounding.
-        value_error: the largest absolute error of an entry of `values`.
+        values: F of each option, rounded.
+        value_errors: per variable, a bound on the error of its entries of `values`.
     """
 
     problem: Problem
@@ -35,7 +35,7 @@ class OptionTable:
     ranks: IntArray
     costs: IntArray
     values: FloatArray
-    value_error: float
+    value_errors: FloatArray
 
     def ranks_of(self, chosen: IntArray) -> IntArray:
         """Rank vector in layer order from one option position a variable."""
@@ -106,11 +106,10 @@ def option_table(problem: Problem) -> OptionTable:
     Options that alone cost more than the budget are left out, except a variable's cheapest.
     """
     members = problem.variables
-    tied = max((len(layers) for layers in members), default=1)
     ranks: list[IntArray] = []
     costs: list[IntArray] = []
     values: list[FloatArray] = []
-    largest = 0.0
+    errors: list[float] = []
     for layers in members:
         allowed = problem.allowed_ranks(layers[0])
         unit = sum(int(problem.costs[i]) for i in layers)
@@ -119,18 +118,18 @@ def option_table(problem: Problem) -> OptionTable:
         affordable = allowed <= min((problem.budget - fixed) // unit, 1 << 62)
         affordable[0] = True
         allowed = allowed[affordable]
-        value = np.zeros(len(allowed))
+        value, magnitude = np.zeros(len(allowed)), 0.0
         for i in layers:
             curve = problem.curve(i)
             value += curve[allowed]
-            largest = max(largest, float(np.abs(np.diff(curve)).sum()) * len(layers))
+            magnitude += float(np.abs(np.diff(curve)).sum())
+        errors.append(magnitude * (int(allowed[-1]) + len(layers) + 8) * 2.0**-52)
         ranks.append(allowed)
         costs.append(unit * allowed + fixed * (allowed > 0))
         values.append(value)
     offsets = np.zeros(len(members) + 1, dtype=np.int64)
     np.cumsum([len(r) for r in ranks], out=offsets[1:])
     empty_int, empty = np.zeros(0, dtype=np.int64), np.zeros(0)
-    longest = int(np.max(problem.max_lengths, initial=1)) + tied + 8
     return OptionTable(
         problem,
         members,
@@ -138,5 +137,5 @@ def option_table(problem: Problem) -> OptionTable:
         np.concatenate([empty_int, *ranks]),
         np.concatenate([empty_int, *costs]),
         np.concatenate([empty, *values]),
-        largest * longest * 2.0**-52,
+        np.array(errors),
     )

@@ -146,17 +146,17 @@ class ConcaveForm:
             rows, costs = rows[taken:], costs[taken:]
         return Relaxed(price, ranks, feasible)
 
-    def nearest(self, price: float, ranks: IntArray, count: int) -> Increments:
+    def nearest(self, price: float, ranks: IntArray, count: int, window: float) -> Increments:
         """The increments on both sides of the break with the density nearest to the price."""
         reach = count // max(len(ranks), 1) + 1
         items = self._around(
             np.maximum(ranks - reach, self._lower), np.minimum(ranks + reach, self._upper)
         )
         costs = self._costs[items.rows]
-        distance = np.abs(items.gains / costs - price)
-        if len(distance) <= count:
-            return items
-        keep = np.sort(np.argpartition(distance, count)[:count])
+        penalties = np.abs(items.gains - price * costs)
+        distance = np.where(penalties < window, penalties / costs, np.inf)
+        keep = np.argsort(distance, kind="stable")[:count]
+        keep = np.sort(keep[np.isfinite(distance[keep])])
         return Increments(items.rows[keep], items.ranks[keep], items.gains[keep])
 
     def within(self, price: float, ranks: IntArray, window: float) -> Increments:
@@ -175,12 +175,18 @@ class ConcaveForm:
         """The number of increments."""
         return len(items.rows)
 
+    def reach(self, items: Increments, price: float, ranks: IntArray) -> float:
+        """The largest |gain - price * cost|, rounded up."""
+        level = price * self._costs[items.rows]
+        distance = np.abs(items.gains - level) + level * 2.0**-50
+        return float(np.max(distance, initial=0.0))
+
     def finest(self, items: Increments) -> int:
         """Exponent of the last bit of the smallest gain above 0."""
         exponents = np.frexp(items.gains[items.gains != 0])[1]
         return int(exponents.min(initial=1024)) - 53
 
-    def core(self, items: Increments, price: Price, ranks: IntArray, window: int) -> Core:
+    def core(self, items: Increments, price: Price, ranks: IntArray, limit: int) -> Core:
         """Exact penalties |gain - price * cost|, merged into one class a cost."""
         costs = self._costs[items.rows]
         fixed, exact = to_fixed(items.gains, price.exponent)
@@ -207,7 +213,7 @@ class ConcaveForm:
         stops = np.flatnonzero(np.diff(keys, append=-1)) + 1
         for start, stop in zip(starts, stops, strict=True):
             members = order[start:stop]
-            sums = _sums_below(penalties[members], window)
+            sums = _sums_up_to(penalties[members], limit)
             classes.setdefault(int(costs[members[0]]), []).append(
                 (bool(taken[members[0]]), items.rows[members[: len(sums)]], sums)
             )
@@ -242,12 +248,12 @@ def _merge(
     return Class(np.concatenate(moves), np.concatenate(penalties)), (cost, rows[0], rows[1])
 
 
-def _sums_below(penalties: IntArray, window: int) -> IntArray:
-    """Running sums of ascending penalties, as far as they stay below the window."""
+def _sums_up_to(penalties: IntArray, limit: int) -> IntArray:
+    """Running sums of ascending penalties, as far as they do not exceed the limit."""
     # In doubles first: a long sum could leave 64 bits.
-    count = int(np.searchsorted(np.cumsum(penalties, dtype=np.float64), 2.0 * window + 1))
+    count = int(np.searchsorted(np.cumsum(penalties, dtype=np.float64), 2.0 * limit + 1))
     sums = np.cumsum(penalties[:count])
-    return sums[: int(np.searchsorted(sums, window))]
+    return sums[: int(np.searchsorted(sums, limit, side="right"))]
 
 
 def _affordable_prefix(costs: IntArray, budget: int) -> int:

@@ -48,8 +48,8 @@ class Price:
     """A price as an integer in a fixed point: `units * 2^exponent` per reduced unit of cost.
 
     The exponent is the unit of all gains in the core. It is small enough to hold every bit of
-    the price (and of the core's gains, where `finest` allows) and large enough for losses up to
-    the window to stay below 2^58.
+    the price and of the core's gains, and large enough for penalties to stay below 2^58; where
+    both cannot be, the second wins.
     """
 
     units: int
@@ -61,18 +61,26 @@ class Price:
         return math.ldexp(self.units, self.exponent)
 
     @classmethod
-    def of(cls, price: float, window: float, finest: int) -> Price:
+    def of(cls, price: float, reach: float, finest: int) -> Price:
         """Fit the fixed point.
 
         Args:
             price: a double > 0.
-            window: no loss above this matters.
+            reach: no penalty above this occurs.
             finest: exponent of the last bit of the core's gains.
         """
         last_bit = math.frexp(price)[1] - 53
-        coarsest = math.frexp(window)[1] - 58 if window > 0 else last_bit - 6
+        coarsest = math.frexp(reach)[1] - 58 if reach > 0 else last_bit - 6
         exponent = max(min(last_bit, finest), coarsest, last_bit - 6)
         return cls(max(int(math.ldexp(price, -exponent)), 1), exponent)
+
+    def holds(self, price: float) -> bool:
+        """Whether the fixed point holds every bit of the price."""
+        return self.value == price
+
+    def coarser(self) -> float:
+        """A price near this one with a few bits less, which a slightly coarser point holds."""
+        return math.ldexp(max(self.units >> 8, 1), self.exponent + 8)
 
 
 class Form(Protocol):
@@ -86,7 +94,7 @@ class Form(Protocol):
         """Find the price and the break solution."""
         ...
 
-    def nearest(self, price: float, ranks: IntArray, count: int) -> Any:
+    def nearest(self, price: float, ranks: IntArray, count: int, window: float) -> Any:
         """About `count` deviations of the smallest penalty per unit of cost; a heuristic."""
         ...
 
@@ -95,15 +103,19 @@ class Form(Protocol):
         ...
 
     def size(self, items: Any) -> int:
-        """How many deviations `nearest` or `within` returned."""
+        """How many deviations there are."""
+        ...
+
+    def reach(self, items: Any, price: float, ranks: IntArray) -> float:
+        """No penalty among the deviations is larger in magnitude."""
         ...
 
     def finest(self, items: Any) -> int:
         """Exponent of the last bit of the deviations' gains."""
         ...
 
-    def core(self, items: Any, price: Price, ranks: IntArray, window: int) -> Core:
-        """Exact penalties, best responses and classes; options at `window` or above left out."""
+    def core(self, items: Any, price: Price, ranks: IntArray, limit: int) -> Core:
+        """Exact penalties, best responses and classes; options above the limit left out."""
         ...
 
     def apply(self, core: Core, choices: list[int]) -> IntArray:

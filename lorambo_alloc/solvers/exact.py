@@ -16,11 +16,12 @@ from fractions import Fraction
 from typing import Any
 
 from lorambo_alloc.allocation import Allocation
+from lorambo_alloc.arithmetic import round_up
 from lorambo_alloc.certificate import Certificate
 from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.problem import Problem
 from lorambo_alloc.solvers.concave import ConcaveForm
-from lorambo_alloc.solvers.core import Core, Form, Price
+from lorambo_alloc.solvers.core import Core, Form, Price, Relaxed
 from lorambo_alloc.solvers.core_program import Outcome, solve_core
 from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
 
@@ -28,6 +29,7 @@ _NEAREST = 64  # deviations in the first, heuristic run, and the states it may h
 _FIRST_STATES = 256
 _STATES = (4096, 1 << 16, 1 << 20)  # states held in the runs that prove
 _MAX_DEVIATIONS = 2_000_000  # above, the bound of the price stands alone
+_LIMIT = 1 << 59  # units of loss; larger ones could overflow in sums
 
 
 def solve_exact(problem: Problem, time_limit: float | None = None) -> Allocation:
@@ -70,7 +72,7 @@ class Search:
         self.gap = Fraction(0)
         self.closed = self._relaxed.price == 0
         if not self.closed:
-            self.gap = self._price_gap()
+            self._prove(None)
 
     def widen(self) -> bool:
         """Search the core once more with more states; False where that is the end of it."""
@@ -79,17 +81,7 @@ class Search:
             return False
         if states == _STATES[0]:
             self._improve_nearby()
-        price, items = self._deviations()
-        if self._form.size(items) > _MAX_DEVIATIONS:
-            return False
-        core, loss = self._core(price, items)
-        outcome = self._run(core, price, loss, states)
-        self._accept(core, outcome)
-        # Exact losses against the same best responses; the program's may be low by `core.low`.
-        short = self._loss(price, core.ranks) - (outcome.bound - core.low) * _unit(price)
-        self.gap = min(self.gap, max(short, Fraction(0)))
-        self.closed = outcome.bound == outcome.loss
-        return True
+        return self._prove(states)
 
     def allocation(self, method: str) -> Allocation:
         """The incumbent with its certificate, made out by the named method."""
@@ -105,59 +97,91 @@ class Search:
     def _late(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline
 
-    def _price_gap(self) -> Fraction:
-        """What the incumbent lacks to the Lagrangian bound of the price alone."""
-        price = Price.of(self._relaxed.price, 0.0, 1024)
-        # The increments that rounding may have put on the wrong side of the price.
-        items = self._form.within(price.value, self._relaxed.ranks, 0.0)
-        core = self._form.core(items, price, self._relaxed.ranks, 1 << 58)
-        return self._loss(price, core.ranks) + core.low * _unit(price)
-
     def _improve_nearby(self) -> None:
         """A short run over the deviations nearest to the price: a better incumbent, no proof."""
-        relaxed = self._relaxed
-        items = self._form.nearest(relaxed.price, relaxed.ranks, _NEAREST)
-        window = float(self._loss_at(relaxed.price, relaxed.ranks)) * (1 + 2.0**-20)
-        price = Price.of(relaxed.price, window, self._form.finest(items))
-        core, loss = self._core(price, items)
-        self._accept(core, self._run(core, price, loss, _FIRST_STATES))
+        price, window = self._relaxed.price, self._window()
+        items = self._form.nearest(price, self._relaxed.ranks, _NEAREST, window)
+        fixed, core, loss = self._core(items, price, window)
+        if not fixed.holds(price):
+            fixed, core, loss = self._core(items, fixed.coarser(), window)
+        if loss < _LIMIT * _unit(fixed):
+            self._accept(core, self._run(core, fixed, loss, _FIRST_STATES))
 
-    def _deviations(self) -> tuple[Price, Any]:
-        """All deviations that a better solution may use, and the price in a fitting fixed point."""
-        relaxed = self._relaxed
-        window = float(self.gap) * (1 + 2.0**-20)
-        price = Price.of(relaxed.price, window, 1024)
-        items = self._form.within(price.value, relaxed.ranks, window)
-        return Price.of(relaxed.price, window, self._form.finest(items)), items
+    def _prove(self, states: int | None) -> bool:
+        """Tighten the gap by a run over all deviations that matter; None: by the price alone.
 
-    def _core(self, price: Price, items: Any) -> tuple[Core, int]:
-        """Exact core, and the incumbent's loss in it, rounded up to whole units."""
-        limit = 1 << 59
-        core = self._form.core(items, price, self._relaxed.ranks, limit)
-        loss = math.ceil(self._loss(price, core.ranks) / _unit(price))
-        return core, loss
+        Returns:
+            False if there are too many of them.
+        """
+        price, ranks = self._relaxed.price, self._relaxed.ranks
+        window = self._window() if states else 0.0
+        for _ in range(8):
+            items = self._form.within(price, ranks, window)
+            if self._form.size(items) > _MAX_DEVIATIONS:
+                break
+            fixed, core, loss = self._core(items, price, window)
+            if not fixed.holds(price):
+                price = fixed.coarser()
+            elif states and loss > Fraction(window):
+                window = round_up(loss) * (1 + 2.0**-20)
+            else:
+                self._relaxed = Relaxed(price, ranks, self._relaxed.feasible)
+                self._settle(fixed, core, loss, states)
+                return True
+        if states is None:
+            # Each best response that `ranks` is not gains less than the reach over it.
+            price = self._relaxed.price
+            items = self._form.within(price, ranks, 0.0)
+            hidden = Fraction(self._form.reach(items, price, ranks)) * self._form.size(items)
+            self.gap = self._loss(price, ranks) + hidden
+        return False
 
-    def _loss(self, price: Price, best: IntArray) -> Fraction:
-        return self._loss_at(price.value, best)
+    def _settle(self, fixed: Price, core: Core, loss: Fraction, states: int | None) -> None:
+        """Run the core program and update incumbent, gap and `closed`."""
+        unit = _unit(fixed)
+        if states is None:
+            self.gap = loss + core.low * unit
+            return
+        if loss >= _LIMIT * unit:
+            return
+        before = self.ranks
+        outcome = self._run(core, fixed, loss, states)
+        self._accept(core, outcome)
+        # Exact losses against the same best responses; the program's may be low by `low`.
+        short = loss - self._problem.value_difference(self.ranks, before)
+        self.gap = min(self.gap, max(short - (outcome.bound - core.low) * unit, Fraction(0)))
+        self.closed = outcome.bound == outcome.loss
 
-    def _loss_at(self, price: float, best: IntArray) -> Fraction:
+    def _window(self) -> float:
+        return round_up(self.gap) * (1 + 2.0**-20)
+
+    def _core(self, items: Any, price: float, window: float) -> tuple[Price, Core, Fraction]:
+        """The fixed point, the core with options up to the window, and the incumbent's loss."""
+        ranks = self._relaxed.ranks
+        reach = max(self._form.reach(items, price, ranks), window)
+        fixed = Price.of(price, reach, self._form.finest(items))
+        limit = int(math.ldexp(window, -fixed.exponent)) + 1
+        core = self._form.core(items, fixed, ranks, limit)
+        return fixed, core, self._loss(fixed.value, core.ranks)
+
+    def _loss(self, price: float, best: IntArray) -> Fraction:
         """How far the incumbent falls short of the Lagrangian value of the best responses."""
         left = (self._problem.budget - self._problem.cost_of(best)) // self._form.unit
         return self._problem.value_difference(best, self.ranks) + Fraction(price) * left
 
-    def _run(self, core: Core, price: Price, loss: int, states: int) -> Outcome:
+    def _run(self, core: Core, price: Price, loss: Fraction, states: int) -> Outcome:
+        """The core program against the incumbent's loss, which is rounded up to whole units."""
+        incumbent = math.ceil(loss / _unit(price))
         left = (self._problem.budget - self._problem.cost_of(core.ranks)) // self._form.unit
-        # Every solution moves the cost by multiples of the moves' common divisor, so that what
-        # does not divide is lost to all of them.
-        divisor = math.gcd(*(int(m) for group in core.classes for m in group.moves[:1]))
-        for group in core.classes:
-            divisor = math.gcd(divisor, *group.moves.tolist())
+        # Every solution moves the cost by a multiple of the moves' common divisor; the budget
+        # that is left over at least is lost to all of them.
+        divisor = math.gcd(*(move for group in core.classes for move in group.moves.tolist()))
         lost = left % divisor if divisor else left
         base = price.units * lost
-        if loss <= base:
-            return Outcome(loss, None, loss, 0)
+        if incumbent <= base:
+            return Outcome(incumbent, None, incumbent, 0)
         outcome = solve_core(
-            core.classes, left - lost, price.units, loss - base, states, self._deadline
+            core.classes, left - lost, price.units, incumbent - base, states, self._deadline
         )
         outcome.loss += base
         outcome.bound += base

@@ -123,26 +123,30 @@ class MultipleChoiceForm:
     def _penalties(self, price: float, chosen: IntArray) -> FloatArray:
         """How much less than the chosen option of its variable each option scores, rounded."""
         scores = self._table.values - price * self._costs
-        return np.maximum(scores[chosen][self._variables] - scores, 0.0)
+        return scores[chosen][self._variables] - scores
 
-    def nearest(self, price: float, ranks: IntArray, count: int) -> Positions:
+    def nearest(self, price: float, ranks: IntArray, count: int, window: float) -> Positions:
         """The options of the least penalty per unit of cost moved, and the chosen ones."""
         chosen = self._chosen(ranks)
+        penalties = self._penalties(price, chosen)
         moved = np.abs(self._costs - self._costs[chosen][self._variables])
-        slopes = self._penalties(price, chosen) / np.maximum(moved, 1)
-        slopes[chosen] = -1.0
-        if len(slopes) <= count + len(chosen):
-            keep = np.arange(len(slopes), dtype=np.int64)
-        else:
-            cut = len(chosen) + count
-            keep = np.sort(np.argpartition(slopes, cut)[:cut])
-        return self._alternatives(keep)
+        slopes = np.where(penalties < window, penalties / np.maximum(moved, 1), np.inf)
+        slopes[chosen] = -np.inf
+        keep = np.argpartition(slopes, min(len(chosen) + count, len(slopes)) - 1)
+        keep = np.sort(keep[: len(chosen) + count])
+        return self._alternatives(keep[slopes[keep] < np.inf])
 
     def within(self, price: float, ranks: IntArray, window: float) -> Positions:
         """Options that score within the window of the chosen one, and the chosen ones."""
         chosen = self._chosen(ranks)
-        margin = window + 8 * self._table.value_error + price * float(self._costs.max()) * 2.0**-50
-        return self._alternatives(np.flatnonzero(self._penalties(price, chosen) <= margin))
+        near = self._penalties(price, chosen) <= window + self._margins(price)
+        return self._alternatives(np.flatnonzero(near))
+
+    def _margins(self, price: float) -> FloatArray:
+        """Per option, what rounding may hide in its penalty."""
+        most = self._costs[self._table.offsets[1:] - 1]  # each variable's dearest option
+        margins = 4 * self._table.value_errors + price * most * 2.0**-50
+        return margins[self._variables]
 
     def _alternatives(self, positions: IntArray) -> Positions:
         """Drop variables with no option but one."""
@@ -154,6 +158,11 @@ class MultipleChoiceForm:
         """The number of options, chosen ones included."""
         return len(items.positions)
 
+    def reach(self, items: Positions, price: float, ranks: IntArray) -> float:
+        """The largest difference to the chosen option's score, rounded up."""
+        penalties = self._penalties(price, self._chosen(ranks)) + self._margins(price)
+        return 2 * float(np.max(np.abs(penalties[items.positions]), initial=0.0))
+
     def finest(self, items: Positions) -> int:
         """Exponent of the last bit of the values that the options are sums of."""
         least = 1024
@@ -161,7 +170,7 @@ class MultipleChoiceForm:
             least = min(least, self._table.least_exponent(variable, positions))
         return least - 53
 
-    def core(self, items: Positions, price: Price, ranks: IntArray, window: int) -> Core:
+    def core(self, items: Positions, price: Price, ranks: IntArray, limit: int) -> Core:
         """Exact penalties against each variable's exactly best option; one class a variable."""
         chosen = self._chosen(ranks)
         best = chosen.copy()
@@ -178,7 +187,7 @@ class MultipleChoiceForm:
             # Each penalty is off by at most `too_low` either way; understate it.
             penalties = np.maximum(net[top] - net - too_low, 0)
             low += 3 * too_low
-            keep = penalties < window
+            keep = penalties <= limit
             keep[top] = False
             if keep.any():
                 group = Class((costs - costs[top])[keep], penalties[keep])
