@@ -64,6 +64,19 @@ def _to_float(value: Fraction) -> float:
         return limit if value > 0 else -limit
 
 
+def last_bit(values: FloatArray) -> int:
+    """The greatest e such that all the doubles are whole multiples of 2^e; 1024 if all are 0.
+
+    Example:
+        >>> last_bit(np.array([6.0, 0.5])), last_bit(np.array([4096.0]))
+        (-1, 12)
+    """
+    fraction, exponent = np.frexp(values[values != 0])
+    mantissa = np.ldexp(fraction, 53).astype(np.int64)
+    lowest = np.frexp((mantissa & -mantissa).astype(np.float64))[1] - 1
+    return int(np.min(exponent - 53 + lowest, initial=1024))
+
+
 def to_fixed(values: FloatArray, exponent: int) -> tuple[IntArray, bool]:
     """Doubles in units of 2^exponent, rounded down, modulo 2^64.
 

@@ -110,6 +110,6 @@ def whole_numbers(
 
 def exact_dot(a: IntArray, b: IntArray) -> int:
     """Sum of products of integers >= 0, without overflow."""
-    if float(np.dot(a.astype(np.float64), b.astype(np.float64))) < 2.0**62:
-        return int(np.dot(a, b))
+    if float(np.multiply(a, b, dtype=np.float64).sum()) < 2.0**62:
+        return int((a * b).sum())
     return sum(map(operator.mul, a.tolist(), b.tolist()))

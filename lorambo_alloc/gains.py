@@ -49,26 +49,36 @@ class Gains:
 
     def selected(self, lower: IntArray, upper: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
         """Layer, rank and gain of every rank in (lower[i], upper[i]], layer by layer."""
+        return self._selected(np.arange(len(lower), dtype=np.int64), lower, upper)
+
+    def _selected(
+        self, layers: IntArray, lower: IntArray, upper: IntArray
+    ) -> tuple[IntArray, IntArray, FloatArray]:
         counts = np.maximum(upper - lower, 0)
-        rows = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-        starts = np.cumsum(counts) - counts
-        ranks = np.arange(len(rows), dtype=np.int64) - starts[rows] + lower[rows] + 1
+        rows = np.repeat(layers, counts)
+        firsts = np.repeat(lower + 1 - (np.cumsum(counts) - counts), counts)
+        ranks = np.arange(len(rows), dtype=np.int64) + firsts
         return rows, ranks, self.at(rows, ranks)
 
-    def positive_sums(self, upper: IntArray) -> FloatArray:
-        """Per layer, the sum of its positive gains among ranks 1 .. upper[i], to rounding."""
+    def positive_sum(self, upper: IntArray) -> float:
+        """The sum of all positive gains of ranks 1 .. upper[i], to rounding."""
         offsets, flat = self.layers.offsets, self.layers.flat
-        sums = np.zeros(len(upper))
+        whole = bool(np.all(upper == self.layers.lengths))
+        total = 0.0
         # Whole layers a chunk, so that no full-size temporary appears.
-        step = max(1, (1 << 18) // max(int(np.max(self.layers.lengths, initial=1)), 1))
+        step = max(1, (1 << 16) // max(int(np.max(self.layers.lengths, initial=1)), 1))
         for part in chunks(len(upper), step):
-            values = flat[offsets[part.start] : offsets[part.stop]].astype(np.float64, copy=False)
-            gains = np.maximum(self._objective.gains(values), 0.0)
-            bounds = np.stack([offsets[part], offsets[part] + upper[part]], axis=1).ravel()
-            padded = np.append(gains, 0.0)
-            sums[part] = np.add.reduceat(padded, bounds - offsets[part.start])[::2]
-        sums[upper == 0] = 0.0
-        return sums if self.weights is None else sums * self.weights
+            if whole and self.weights is None:
+                values = flat[offsets[part.start] : offsets[part.stop]]
+                if self._objective == schatten(2):
+                    total += float(np.vdot(values, values))
+                    continue
+                gains = self._objective.gains(values.astype(np.float64, copy=False))
+            else:
+                rows = np.arange(part.start, part.stop)
+                gains = self._selected(rows, 0 * upper[part], upper[part])[2]
+            total += float(np.maximum(gains, 0.0).sum())
+        return total
 
     def check_range(self, first_values: FloatArray) -> None:
         """Raise ValueError if a gain overflows, or if all gains of a problem underflow.

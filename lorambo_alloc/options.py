@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorambo_alloc.arithmetic import to_fixed
+from lorambo_alloc.arithmetic import last_bit, to_fixed
 from lorambo_alloc.objectives import FloatArray, IntArray
 from lorambo_alloc.problem import Problem
 
@@ -70,8 +70,8 @@ class OptionTable:
                 low += 0 if exact else 1
         return total, low
 
-    def least_exponent(self, variable: int, positions: IntArray) -> int:
-        """The least binary exponent among the doubles that these options' values are sums of."""
+    def last_bit(self, variable: int, positions: IntArray) -> int:
+        """Exponent of the last bit set in any of the doubles that these options' F are sums of."""
         least = 1024
         ranks = self.ranks[positions]
         for i in self.members[variable]:
@@ -80,8 +80,7 @@ class OptionTable:
             else:
                 assert self.problem.totals is not None
                 terms = self.problem.totals.row(i)[ranks]
-            exponents = np.frexp(terms[terms != 0])[1]
-            least = min(least, int(exponents.min(initial=1024)))
+            least = min(least, last_bit(terms))
         return least
 
 
@@ -92,7 +91,7 @@ def attainable_gain(problem: Problem) -> float:
         return float(np.max(ends[0], initial=0.0)) - float(np.max(ends[1], initial=0.0))
     if problem.concave_unit_steps:
         assert problem.gains is not None
-        return float(np.sum(problem.gains.positive_sums(problem.upper)))
+        return problem.gains.positive_sum(problem.upper)
     total = 0.0
     for layers in problem.variables:
         allowed = problem.allowed_ranks(layers[0])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorambo_alloc.arithmetic import to_fixed
+from lorambo_alloc.arithmetic import last_bit, to_fixed
 from lorambo_alloc.costs import exact_dot
 from lorambo_alloc.gains import Gains
 from lorambo_alloc.objectives import FloatArray, IntArray
@@ -181,10 +181,9 @@ class ConcaveForm:
         distance = np.abs(items.gains - level) + level * 2.0**-50
         return float(np.max(distance, initial=0.0))
 
-    def finest(self, items: Increments) -> int:
-        """Exponent of the last bit of the smallest gain above 0."""
-        exponents = np.frexp(items.gains[items.gains != 0])[1]
-        return int(exponents.min(initial=1024)) - 53
+    def last_bit(self, items: Increments) -> int:
+        """Exponent of the last bit set in any of the gains."""
+        return last_bit(items.gains)
 
     def core(self, items: Increments, price: Price, ranks: IntArray, limit: int) -> Core:
         """Exact penalties |gain - price * cost|, merged into one class a cost."""

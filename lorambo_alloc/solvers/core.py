@@ -61,17 +61,17 @@ class Price:
         return math.ldexp(self.units, self.exponent)
 
     @classmethod
-    def of(cls, price: float, reach: float, finest: int) -> Price:
+    def of(cls, price: float, reach: float, last_bit: int) -> Price:
         """Fit the fixed point.
 
         Args:
             price: a double > 0.
             reach: no penalty above this occurs.
-            finest: exponent of the last bit of the core's gains.
+                last_bit: exponent of the last bit set in the core's gains.
         """
-        last_bit = math.frexp(price)[1] - 53
-        coarsest = math.frexp(reach)[1] - 58 if reach > 0 else last_bit - 6
-        exponent = max(min(last_bit, finest), coarsest, last_bit - 6)
+        own = math.frexp(price)[1] - 53
+        coarsest = math.frexp(reach)[1] - 58 if reach > 0 else own - 6
+        exponent = max(min(own, last_bit), coarsest, own - 6)
         return cls(max(int(math.ldexp(price, -exponent)), 1), exponent)
 
     def holds(self, price: float) -> bool:
@@ -110,8 +110,8 @@ class Form(Protocol):
         """No penalty among the deviations is larger in magnitude."""
         ...
 
-    def finest(self, items: Any) -> int:
-        """Exponent of the last bit of the deviations' gains."""
+    def last_bit(self, items: Any) -> int:
+        """The greatest e such that all gains of the deviations are whole multiples of 2^e."""
         ...
 
     def core(self, items: Any, price: Price, ranks: IntArray, limit: int) -> Core:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -51,6 +52,33 @@ def solve_exact(problem: Problem, time_limit: float | None = None) -> Allocation
 def form_of(problem: Problem) -> Form:
     """The special form for single ranks of descending gain, else the general one."""
     return ConcaveForm(problem) if problem.concave_unit_steps else MultipleChoiceForm(problem)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A core in its fixed point.
+
+    Attributes:
+        price: the price and the exponent of the unit.
+        core: best responses and deviations.
+        loss: what the incumbent lacks to the Lagrangian value of the best responses, exactly.
+        step: all values that the core can reach differ by multiples of so many units.
+    """
+
+    price: Price
+    core: Core
+    loss: Fraction
+    step: int
+
+    @property
+    def unit(self) -> Fraction:
+        """The unit of the fixed point, in units of gain."""
+        return Fraction(2) ** self.price.exponent
+
+    @property
+    def searchable(self) -> bool:
+        """Whether sums of losses stay within 64 bits."""
+        return self.loss < _LIMIT * self.unit
 
 
 class Search:
@@ -101,11 +129,11 @@ class Search:
         """A short run over the deviations nearest to the price: a better incumbent, no proof."""
         price, window = self._relaxed.price, self._window()
         items = self._form.nearest(price, self._relaxed.ranks, _NEAREST, window)
-        fixed, core, loss = self._core(items, price, window)
-        if not fixed.holds(price):
-            fixed, core, loss = self._core(items, fixed.coarser(), window)
-        if loss < _LIMIT * _unit(fixed):
-            self._accept(core, self._run(core, fixed, loss, _FIRST_STATES))
+        setting = self._set(items, price, window)
+        if not setting.price.holds(price):
+            setting = self._set(items, setting.price.coarser(), window)
+        if setting.searchable:
+            self._accept(setting, self._run(setting, _FIRST_STATES))
 
     def _prove(self, states: int | None) -> bool:
         """Tighten the gap by a run over all deviations that matter; None: by the price alone.
@@ -119,14 +147,17 @@ class Search:
             items = self._form.within(price, ranks, window)
             if self._form.size(items) > _MAX_DEVIATIONS:
                 break
-            fixed, core, loss = self._core(items, price, window)
-            if not fixed.holds(price):
-                price = fixed.coarser()
-            elif states and loss > Fraction(window):
-                window = round_up(loss) * (1 + 2.0**-20)
+            setting = self._set(items, price, window)
+            if not setting.price.holds(price):
+                price = setting.price.coarser()
+            elif states and setting.loss > Fraction(window):
+                window = round_up(setting.loss) * (1 + 2.0**-20)
             else:
                 self._relaxed = Relaxed(price, ranks, self._relaxed.feasible)
-                self._settle(fixed, core, loss, states)
+                if states is None:
+                    self.gap = setting.loss + setting.core.low * setting.unit
+                elif setting.searchable:
+                    self._search(setting, states)
                 return True
         if states is None:
             # Each best response that `ranks` is not gains less than the reach over it.
@@ -136,61 +167,63 @@ class Search:
             self.gap = self._loss(price, ranks) + hidden
         return False
 
-    def _settle(self, fixed: Price, core: Core, loss: Fraction, states: int | None) -> None:
-        """Run the core program and update incumbent, gap and `closed`."""
-        unit = _unit(fixed)
-        if states is None:
-            self.gap = loss + core.low * unit
-            return
-        if loss >= _LIMIT * unit:
-            return
+    def _search(self, setting: _Setting, states: int) -> None:
+        """Run the core program over a complete core; update incumbent, gap and `closed`."""
         before = self.ranks
-        outcome = self._run(core, fixed, loss, states)
-        self._accept(core, outcome)
+        outcome = self._run(setting, states)
+        self._accept(setting, outcome)
         # Exact losses against the same best responses; the program's may be low by `low`.
-        short = loss - self._problem.value_difference(self.ranks, before)
-        self.gap = min(self.gap, max(short - (outcome.bound - core.low) * unit, Fraction(0)))
+        loss = setting.loss - self._problem.value_difference(self.ranks, before)
+        proved = (outcome.bound - setting.core.low) * setting.unit
+        self.gap = min(self.gap, max(loss - proved, Fraction(0)))
         self.closed = outcome.bound == outcome.loss
 
     def _window(self) -> float:
         return round_up(self.gap) * (1 + 2.0**-20)
 
-    def _core(self, items: Any, price: float, window: float) -> tuple[Price, Core, Fraction]:
-        """The fixed point, the core with options up to the window, and the incumbent's loss."""
+    def _set(self, items: Any, price: float, window: float) -> _Setting:
+        """Fixed point and core for some deviations, with options up to the window."""
         ranks = self._relaxed.ranks
         reach = max(self._form.reach(items, price, ranks), window)
-        fixed = Price.of(price, reach, self._form.finest(items))
+        last_bit = self._form.last_bit(items)
+        fixed = Price.of(price, reach, last_bit)
         limit = int(math.ldexp(window, -fixed.exponent)) + 1
         core = self._form.core(items, fixed, ranks, limit)
-        return fixed, core, self._loss(fixed.value, core.ranks)
+        step = 1 if core.low else 1 << max(last_bit - fixed.exponent, 0)
+        return _Setting(fixed, core, self._loss(fixed.value, core.ranks), step)
 
     def _loss(self, price: float, best: IntArray) -> Fraction:
         """How far the incumbent falls short of the Lagrangian value of the best responses."""
         left = (self._problem.budget - self._problem.cost_of(best)) // self._form.unit
         return self._problem.value_difference(best, self.ranks) + Fraction(price) * left
 
-    def _run(self, core: Core, price: Price, loss: Fraction, states: int) -> Outcome:
+    def _run(self, setting: _Setting, states: int) -> Outcome:
         """The core program against the incumbent's loss, which is rounded up to whole units."""
-        incumbent = math.ceil(loss / _unit(price))
+        core, price = setting.core, setting.price.units
+        incumbent = math.ceil(setting.loss / setting.unit)
         left = (self._problem.budget - self._problem.cost_of(core.ranks)) // self._form.unit
         # Every solution moves the cost by a multiple of the moves' common divisor; the budget
         # that is left over at least is lost to all of them.
         divisor = math.gcd(*(move for group in core.classes for move in group.moves.tolist()))
         lost = left % divisor if divisor else left
-        base = price.units * lost
-        if incumbent <= base:
+        base = price * lost
+        # What is better than the incumbent is better by a whole step at least.
+        target = incumbent - base - setting.step + 1
+        if target <= 0:
             return Outcome(incumbent, None, incumbent, 0)
-        outcome = solve_core(
-            core.classes, left - lost, price.units, incumbent - base, states, self._deadline
-        )
+        outcome = solve_core(core.classes, left - lost, price, target, states, self._deadline)
+        if outcome.choices is None:
+            outcome.loss = incumbent - base
+        if outcome.bound == target:
+            outcome.bound = outcome.loss
         outcome.loss += base
         outcome.bound += base
         return outcome
 
-    def _accept(self, core: Core, outcome: Outcome) -> None:
+    def _accept(self, setting: _Setting, outcome: Outcome) -> None:
         """Offer the program's solution, if it found one."""
         if outcome.choices is not None:
-            self.offer(self._form.apply(core, outcome.choices))
+            self.offer(self._form.apply(setting.core, outcome.choices))
 
     def offer(self, ranks: IntArray) -> None:
         """Take a rank vector as the incumbent if it is feasible and better, exactly."""
@@ -200,7 +233,3 @@ class Search:
         if gained > 0:
             self.ranks = ranks
             self.gap -= gained
-
-
-def _unit(price: Price) -> Fraction:
-    return Fraction(2) ** price.exponent

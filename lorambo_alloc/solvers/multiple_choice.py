@@ -163,12 +163,12 @@ class MultipleChoiceForm:
         penalties = self._penalties(price, self._chosen(ranks)) + self._margins(price)
         return 2 * float(np.max(np.abs(penalties[items.positions]), initial=0.0))
 
-    def finest(self, items: Positions) -> int:
-        """Exponent of the last bit of the values that the options are sums of."""
-        least = 1024
-        for variable, positions in _by_variable(items):
-            least = min(least, self._table.least_exponent(variable, positions))
-        return least - 53
+    def last_bit(self, items: Positions) -> int:
+        """Exponent of the last bit set in any of the gains that the options are sums of."""
+        return min(
+            (self._table.last_bit(v, positions) for v, positions in _by_variable(items)),
+            default=1024,
+        )
 
     def core(self, items: Positions, price: Price, ranks: IntArray, limit: int) -> Core:
         """Exact penalties against each variable's exactly best option; one class a variable."""
