@@ -18,7 +18,7 @@ from lorambo_alloc.gains import Gains
 from lorambo_alloc.objectives import FloatArray, IntArray
 from lorambo_alloc.problem import Problem
 from lorambo_alloc.solvers.core import Core, Price, Relaxed
-from lorambo_alloc.solvers.core_program import Class
+from lorambo_alloc.solvers.core_program import Class, promising_first
 
 _SORT_AT_MOST = 8192  # increments that are sorted outright once a price bracket holds no more
 
@@ -218,7 +218,7 @@ class ConcaveForm:
             )
         merged = [_merge(cost, parts) for cost, parts in classes.items()]
         merged = [pair for pair in merged if len(pair[0].moves)]
-        merged.sort(key=lambda pair: min(pair[0].slopes()))
+        merged = [merged[n] for n in promising_first([group for group, _ in merged])]
         return Core(ranks, [c for c, _ in merged], [rows for _, rows in merged], low)
 
     def apply(self, core: Core, choices: list[int]) -> IntArray:

@@ -49,6 +49,35 @@ class Class:
         return int(spend), int(free)
 
 
+def promising_first(classes: list[Class]) -> list[int]:
+    """Positions of the classes by ascending slope; equal slopes spend and free in turn.
+
+    Where many slopes are equal, keeping the sum of moves near 0 lets a limited number of states
+    reach the residual budget in many ways (Pisinger's balanced programs).
+    """
+    slopes = [group.slopes() for group in classes]
+    order = sorted(range(len(classes)), key=lambda n: min(slopes[n]))
+    result: list[int] = []
+    running = 0
+    start = 0
+    while start < len(order):
+        least = min(slopes[order[start]])
+        stop = start
+        while stop < len(order) and min(slopes[order[stop]]) == least:
+            stop += 1
+        # Stacks of the classes that spend and that free at this slope, dearest moves last.
+        spending = [n for n in order[start:stop] if slopes[n][0] <= slopes[n][1]][::-1]
+        freeing = [n for n in order[start:stop] if slopes[n][0] > slopes[n][1]][::-1]
+        while spending or freeing:
+            take = spending if (running <= 0 or not freeing) and spending else freeing
+            n = take.pop()
+            moves = classes[n].moves
+            running += int(moves[moves > 0][0] if take is spending else moves[moves < 0][0])
+            result.append(n)
+        start = stop
+    return result
+
+
 @dataclass
 class Outcome:
     """What a run of the program found.

@@ -24,6 +24,7 @@ from lorambo_alloc.problem import Problem
 from lorambo_alloc.solvers.concave import ConcaveForm
 from lorambo_alloc.solvers.core import Core, Form, Price, Relaxed
 from lorambo_alloc.solvers.core_program import Outcome, solve_core
+from lorambo_alloc.solvers.exchange import best_exchange
 from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
 
 _NEAREST = 64  # deviations in the first, heuristic run, and the states it may hold
@@ -172,11 +173,24 @@ class Search:
         before = self.ranks
         outcome = self._run(setting, states)
         self._accept(setting, outcome)
+        if outcome.bound < outcome.loss and states == _STATES[0]:
+            self._exchange(setting, outcome.loss)
         # Exact losses against the same best responses; the program's may be low by `low`.
         loss = setting.loss - self._problem.value_difference(self.ranks, before)
         proved = (outcome.bound - setting.core.low) * setting.unit
         self.gap = min(self.gap, max(loss - proved, Fraction(0)))
-        self.closed = outcome.bound == outcome.loss
+        self.closed = outcome.bound == outcome.loss or self.gap == 0
+
+    def _exchange(self, setting: _Setting, loss: int) -> None:
+        """Look for a better incumbent among exchanges of a few deviations."""
+        left = self._left(setting.core.ranks)
+        choices = best_exchange(setting.core.classes, left, setting.price.units, loss)
+        if choices is not None:
+            self.offer(self._form.apply(setting.core, choices))
+
+    def _left(self, ranks: IntArray) -> int:
+        """Reduced units of budget that a rank vector leaves over."""
+        return (self._problem.budget - self._problem.cost_of(ranks)) // self._form.unit
 
     def _window(self) -> float:
         return round_up(self.gap) * (1 + 2.0**-20)
@@ -194,14 +208,14 @@ class Search:
 
     def _loss(self, price: float, best: IntArray) -> Fraction:
         """How far the incumbent falls short of the Lagrangian value of the best responses."""
-        left = (self._problem.budget - self._problem.cost_of(best)) // self._form.unit
-        return self._problem.value_difference(best, self.ranks) + Fraction(price) * left
+        short = self._problem.value_difference(best, self.ranks)
+        return short + Fraction(price) * self._left(best)
 
     def _run(self, setting: _Setting, states: int) -> Outcome:
         """The core program against the incumbent's loss, which is rounded up to whole units."""
         core, price = setting.core, setting.price.units
         incumbent = math.ceil(setting.loss / setting.unit)
-        left = (self._problem.budget - self._problem.cost_of(core.ranks)) // self._form.unit
+        left = self._left(core.ranks)
         # Every solution moves the cost by a multiple of the moves' common divisor; the budget
         # that is left over at least is lost to all of them.
         divisor = math.gcd(*(move for group in core.classes for move in group.moves.tolist()))

@@ -14,7 +14,7 @@ from lorambo_alloc.objectives import FloatArray, IntArray
 from lorambo_alloc.options import OptionTable, option_table
 from lorambo_alloc.problem import Problem
 from lorambo_alloc.solvers.core import Core, Price, Relaxed
-from lorambo_alloc.solvers.core_program import Class
+from lorambo_alloc.solvers.core_program import Class, promising_first
 
 _MAX_PRICE_STEPS = 200
 
@@ -192,7 +192,7 @@ class MultipleChoiceForm:
             if keep.any():
                 group = Class((costs - costs[top])[keep], penalties[keep])
                 classes.append((group, positions[keep]))
-        classes.sort(key=lambda pair: min(pair[0].slopes()))
+        classes = [classes[n] for n in promising_first([group for group, _ in classes])]
         return Core(
             self._table.ranks_of(best), [c for c, _ in classes], [p for _, p in classes], low
         )

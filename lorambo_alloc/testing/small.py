@@ -70,6 +70,7 @@ def small_instance(
         ValueError: an unknown family.
 
     Example:
+        >>> from lorambo_alloc.testing import brute_force
         >>> instance = small_instance(np.random.default_rng(0), "non_monotone")
         >>> value, ranks = brute_force(instance.problem())
         >>> instance.problem().value_of(ranks) == value
