@@ -129,6 +129,8 @@ class Allocation(Mapping[str, int]):
         header, arrays = storage.read(path, "allocation", 1)
         try:
             names: list[str] = header["names"]
+            if len(set(names)) < len(names):
+                raise ValueError("a layer name appears twice")
             rows = np.split(arrays["values"], arrays["offsets"][1:-1]) if names else []
             values = dict(zip(names, rows, strict=True))
             curves: Spectra | GainCurves

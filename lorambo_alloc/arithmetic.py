@@ -53,7 +53,7 @@ def round_down(value: Fraction) -> float:
 
 def round_up(value: Fraction) -> float:
     """The smallest double that is not below the value."""
-    return -round_down(-value)
+    return -round_down(-value) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
 def _to_float(value: Fraction) -> float:

@@ -38,13 +38,14 @@ class FlatLayers:
         return self.flat[self.offsets[i] : self.offsets[i + 1]].astype(np.float64, copy=False)
 
 
-def flatten(data: object, what: str) -> FlatLayers:
+def flatten(data: object, what: str, plural: str) -> FlatLayers:
     """Lay a mapping, a sequence of arrays or a 2-D array end to end.
 
     Args:
         data: name to 1-D array; or a sequence of 1-D arrays, or one 2-D array, whose layers are
             named "0", "1", ...
-        what: what the numbers are, for messages ("spectrum", "gain curve").
+        what: what one layer's numbers are, for messages ("spectrum", "gain curve").
+        plural: what all layers' are.
 
     Raises:
         ValueError: a layer is not a non-empty 1-D array of real numbers, or is not on the host.
@@ -61,10 +62,10 @@ def flatten(data: object, what: str) -> FlatLayers:
         names = tuple(map(str, range(len(sequence))))
         rows = [_vector(array, name, what) for name, array in zip(names, sequence, strict=True)]
     else:
-        array = _real(data, f"the {what}s", "a mapping, a sequence of arrays or a 2-D array")
+        array = _real(data, f"the {plural}", "a mapping, a sequence of arrays or a 2-D array")
         if array.ndim != 2:
             raise ValueError(
-                f"the {what}s: expected a mapping of layer name to 1-D array, a sequence of 1-D "
+                f"the {plural}: expected a mapping of layer name to 1-D array, a sequence of 1-D "
                 f"arrays or one 2-D array, got an array of shape {array.shape}"
             )
         if array.shape[0] and not array.shape[1]:

@@ -26,6 +26,10 @@ MEANING: dict[Status, str] = {
 _PLACES = 1074
 
 
+# A gap above this share of the value is not called rounding.
+_ROUNDING = Fraction(1, 1 << 40)
+
+
 class CertificateError(ValueError):
     """A certificate claims what is not so."""
 
@@ -93,7 +97,8 @@ class Certificate:
                 "optimal_exact", round_down(value), round_up(value), 0.0, float(price), method
             )
         upper = round_up(value + gap)
-        status: Status = "optimal_within_rounding" if closed else "gap_certified"
+        rounding = closed and gap <= _ROUNDING * abs(value)
+        status: Status = "optimal_within_rounding" if rounding else "gap_certified"
         stated = round_up(Fraction(upper) - value)
         return cls(status, round_down(value), upper, stated, float(price), method)
 
@@ -121,6 +126,7 @@ class Certificate:
         """
         if self.status not in get_args(Status):
             raise CertificateError(f"unknown status {self.status!r}")
+        ranks = np.asarray(ranks)
         try:
             problem.check(ranks)
         except ValueError as error:
@@ -165,6 +171,8 @@ class Certificate:
                     f"an optimal value {self.value!r} needs the bound {round_up(value)!r} and gap "
                     f"0, the certificate claims {self.upper_bound!r} and {self.gap!r}"
                 )
+        elif self.status == "optimal_within_rounding" and self.gap > _ROUNDING * abs(value) * 2:
+            raise CertificateError(f"a gap of {self.gap!r} is more than rounding")
         elif not (
             math.isfinite(self.upper_bound)
             and self.upper_bound >= value

@@ -81,12 +81,11 @@ def per_layer(
         check_names(values, names, what)
         ordered = [values[name] for name in names]
     else:
-        try:
-            ordered = list(values)
-        except TypeError:
+        if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)):
             raise ValueError(
                 f"{what}: expected one value per layer, by name or in order, got {values!r}"
-            ) from None
+            )
+        ordered = list(values)
         if len(ordered) != len(names):
             raise ValueError(f"{what}: expected {len(names)} values, got {len(ordered)}")
     return [

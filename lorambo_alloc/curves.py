@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
+from types import NoneType
 from typing import Any, cast
 
 import numpy as np
 
 from lorambo_alloc import storage
 from lorambo_alloc.arrays import FlatLayers, first_ascent, flatten
-from lorambo_alloc.objectives import FloatArray, IntArray
+from lorambo_alloc.objectives import FloatArray, IntArray, real_number
+
+
+_MAX_SIDE = 1 << 52  # so that d + k stays exact in a double
 
 
 class _Layers(Mapping[str, FloatArray]):
@@ -67,16 +71,18 @@ class Spectra(_Layers):
         source: str = "",
         unresolved: Mapping[str, float] | None = None,
     ) -> None:
-        self._layers = flatten(values, "spectrum")
+        self._layers = flatten(values, "spectrum", "spectra")
         check_spectra(self._layers)
         self._index = {name: i for i, name in enumerate(self._layers.names)}
         self.shapes = None if shapes is None else check_shapes(shapes, self._layers)
         self.source = source
         self.unresolved = dict.fromkeys(self, 0.0)
+        if not isinstance(unresolved, (Mapping, NoneType)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"unresolved: expected a mapping of layer name to energy, got {unresolved!r}")
         for name, energy in (unresolved or {}).items():
             if name not in self._index:
                 raise ValueError(f"unresolved: layer {name!r} is not among the spectra")
-            if not (math.isfinite(energy) and energy >= 0):
+            if not 0 <= real_number(energy) < math.inf:
                 raise ValueError(
                     f"unresolved: layer {name!r}: expected a finite energy >= 0, got {energy!r}"
                 )
@@ -104,6 +110,8 @@ class Spectra(_Layers):
         header, arrays = storage.read(path, "spectra", 1)
         try:
             names = cast(list[str], header["names"])
+            if len(set(names)) < len(names):
+                raise ValueError("a layer name appears twice")
             rows = np.split(arrays["values"], arrays["offsets"][1:-1]) if names else []
             values = dict(zip(names, rows, strict=True))
             shapes = header["shapes"]
@@ -138,7 +146,7 @@ class GainCurves(_Layers):
     """
 
     def __init__(self, curves: object) -> None:
-        self._layers = flatten(curves, "gain curve")
+        self._layers = flatten(curves, "gain curve", "gain curves")
         self._index = {name: i for i, name in enumerate(self._layers.names)}
         check_finite(self._layers, "gain curve")
         starts = self._layers.flat[self._layers.offsets[:-1]]
@@ -158,11 +166,12 @@ class GainCurves(_Layers):
             increments: name to a 1-D array of the gains of ranks 1, 2, ..., R; or a sequence of
                 such, or a 2-D array.
         """
-        gains = flatten(increments, "sequence of gains")
+        gains = flatten(increments, "sequence of gains", "gains")
         check_finite(gains, "sequence of gains")
         curves = cls.__new__(cls)
-        rows = [np.concatenate([[0.0], np.cumsum(gains.row(i))]) for i in range(len(gains))]
-        curves._layers = flatten(dict(zip(gains.names, rows, strict=True)), "gain curve")
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            rows = [np.concatenate([[0.0], np.cumsum(gains.row(i))]) for i in range(len(gains))]
+        curves._layers = flatten(dict(zip(gains.names, rows, strict=True)), "gain curve", "gain curves")
         check_finite(curves._layers, "gain curve")
         curves._index = {name: i for i, name in enumerate(gains.names)}
         curves._increments = gains
@@ -226,12 +235,12 @@ def check_shapes(shapes: Mapping[str, Any], layers: FlatLayers) -> dict[str, tup
         shape = shapes[name]
         try:
             d, k = shape
-            whole = int(d) == d and int(k) == k and d >= 1 and k >= 1
-        except (TypeError, ValueError):
+            whole = int(d) == d and int(k) == k and 1 <= d <= _MAX_SIDE and 1 <= k <= _MAX_SIDE
+        except (TypeError, ValueError, OverflowError):
             d, k, whole = 0, 0, False
-        if not whole:
+        if not whole or isinstance(d, bool) or isinstance(k, bool):
             raise ValueError(
-                f"shapes: layer {name!r}: expected (d, k), two whole numbers >= 1, got {shape!r}"
+                f"shapes: layer {name!r}: expected (d, k), two whole numbers from 1 to 2^52, got {shape!r}"
             )
         if length > min(d, k):
             raise ValueError(

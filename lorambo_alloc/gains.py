@@ -21,20 +21,29 @@ class Gains:
         layers: singular values, or gains themselves with the objective `nuclear`.
         objective: maps a value to its gain.
         weights: one factor a layer, or None.
+        sorted: whether the values of every layer descend.
 
     Raises:
-        ValueError: a gain overflows, or a layer's whole spectrum underflows.
+        ValueError: a gain overflows, or all gains underflow.
     """
 
     def __init__(
-        self, layers: FlatLayers, objective: Objective, weights: FloatArray | None
+        self,
+        layers: FlatLayers,
+        objective: Objective,
+        weights: FloatArray | None,
+        *,
+        sorted: bool,
     ) -> None:
+        values = layers
         if not objective.monotone_in_floats:
             layers = _descending_gains(layers, objective)
             objective = schatten(1)
         self.layers = layers
         self.weights = weights
+        self.sorted = sorted
         self._objective = objective
+        self._check_range(values)
 
     def at(self, rows: IntArray, ranks: IntArray) -> FloatArray:
         """The gain of rank `ranks[n]` (1 is the first) of layer `rows[n]`."""
@@ -80,34 +89,44 @@ class Gains:
             total += float(np.maximum(gains, 0.0).sum())
         return total
 
-    def check_range(self, first_values: FloatArray) -> None:
-        """Raise ValueError if a gain overflows, or if all gains of a problem underflow.
+    def _check_range(self, values: FlatLayers) -> None:
+        """Raise ValueError if a gain or a sum of gains overflows, or if all gains underflow.
 
         Args:
-            first_values: the largest value of each layer.
+            values: the values the gains were made from, for the message.
         """
-        if not len(first_values):
+        if not len(values):
             return
-        with np.errstate(over="ignore", under="ignore"):
-            first = self._objective.gains(first_values)
-            if self.weights is not None:
-                first = first * self.weights
-            total = float(np.dot(first, self.layers.lengths))
-        for i in np.flatnonzero(~np.isfinite(first))[:1].tolist():
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            largest = self._largest()
+            total = float(np.sum(largest * self.layers.lengths))
+        for i in np.flatnonzero(~np.isfinite(largest))[:1].tolist():
             raise ValueError(
-                f"layer {self.layers.names[i]!r}: the gain of its largest value "
-                f"{first_values[i]} overflows; scale the spectra down"
+                f"layer {values.names[i]!r}: a gain overflows (largest value "
+                f"{np.max(np.abs(values.row(i)))}); scale down"
             )
         if not np.isfinite(total):
-            raise ValueError("the sum of all gains may overflow; scale the spectra down")
-        i = int(np.argmax(first_values))
-        if first_values[i] > 0 and np.max(first) < _SMALLEST_GAIN and (
-            self.weights is None or np.any(self.weights > 0)
-        ):
+            i = int(np.argmax(largest))
             raise ValueError(
-                f"layer {self.layers.names[i]!r}: the gain of its largest value "
-                f"{first_values[i]} underflows; scale the spectra up"
+                f"layer {values.names[i]!r}: the sum of all gains may overflow (largest gain "
+                f"{largest[i]}); scale down"
             )
+        first = np.abs(values.flat[values.offsets[:-1]].astype(np.float64))
+        if self.weights is not None:
+            first = np.where(self.weights > 0, first, 0.0)
+        i = int(np.argmax(first))
+        if first[i] > 0 and np.max(largest) < _SMALLEST_GAIN:
+            raise ValueError(
+                f"layer {values.names[i]!r}: the gain of {first[i]} underflows; scale up"
+            )
+
+    def _largest(self) -> FloatArray:
+        """Per layer the largest magnitude of a gain."""
+        if self.sorted:
+            layers = np.arange(len(self.layers), dtype=np.int64)
+            ends = self.at(layers, np.ones_like(layers)), self.at(layers, self.layers.lengths)
+            return np.maximum(np.abs(ends[0]), np.abs(ends[1]))
+        return np.array([float(np.max(np.abs(self.row(i)))) for i in range(len(self.layers))])
 
 
 def _descending_gains(layers: FlatLayers, objective: Objective) -> FlatLayers:

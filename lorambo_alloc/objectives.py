@@ -33,6 +33,12 @@ class Objective:
     kind: Literal["power", "log", "operator"]
     parameter: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("power", "log", "operator"):
+            raise ValueError(f"objective: unknown kind {self.kind!r}")
+        if self.kind == "operator" and self.parameter != 0:
+            raise ValueError("objective: 'operator' takes no parameter")
+
     @property
     def monotone_in_floats(self) -> bool:
         """Whether rounding keeps the gains of a descending spectrum descending.
@@ -44,7 +50,11 @@ class Objective:
     def gains(self, sigma: FloatArray) -> FloatArray:
         """Gains of singular values, elementwise and unweighted."""
         if self.kind == "log":
-            return 0.5 * np.log1p(np.square(sigma) / self.parameter)
+            ratio = sigma / math.sqrt(self.parameter)
+            # Beyond 2^100 the square may overflow, and the 1 is far below the last bit.
+            large = ratio > 2.0**100
+            gains = 0.5 * np.log1p(np.square(np.where(large, 0.0, ratio)))
+            return np.where(large, np.log(np.where(large, ratio, 1.0)), gains)
         if self.parameter == 2.0:
             return np.square(sigma)
         if self.parameter == 1.0:
@@ -73,9 +83,7 @@ def schatten(p: float) -> Objective:
         >>> str(schatten(2)), str(schatten(0.5))
         ('frobenius', 'schatten(0.5)')
     """
-    if not (math.isfinite(p) and p > 0):
-        raise ValueError(f"schatten(p): expected a finite p > 0, got {p!r}")
-    return Objective("power", float(p))
+    return Objective("power", positive_number(p, "schatten(p)"))
 
 
 def log(noise: float) -> Objective:
@@ -90,9 +98,25 @@ def log(noise: float) -> Objective:
     References:
         Cover and Thomas, Elements of Information Theory, section 9.4 (parallel channels).
     """
-    if not (math.isfinite(noise) and noise > 0):
-        raise ValueError(f"log(noise): expected a finite noise > 0, got {noise!r}")
-    return Objective("log", float(noise))
+    return Objective("log", positive_number(noise, "log(noise)"))
+
+
+def positive_number(value: object, where: str) -> float:
+    """A finite double above 0; ValueError for anything else."""
+    number = real_number(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{where}: expected a finite number > 0, got {value!r}")
+    return number
+
+
+def real_number(value: object) -> float:
+    """A double from a real number; NaN for anything that is not one, or is out of range."""
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            pass
+    return math.nan
 
 
 def parse_objective(objective: str | Objective) -> Objective:
@@ -103,6 +127,8 @@ def parse_objective(objective: str | Objective) -> Objective:
     """
     if isinstance(objective, Objective):
         return objective
+    if not isinstance(objective, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        objective = repr(objective)
     if objective == "frobenius":
         return schatten(2)
     if objective == "nuclear":

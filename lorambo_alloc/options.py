@@ -7,6 +7,8 @@ not single ranks of descending gain.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
@@ -70,6 +72,23 @@ class OptionTable:
                 low += 0 if exact else 1
         return total, low
 
+    def exactly_best(self, variable: int, positions: IntArray) -> int:
+        """The position of the greatest F among some of a variable's, exactly; the first of equals.
+
+        Args:
+            variable: which.
+            positions: its options to compare, ascending.
+        """
+        best, lead = int(positions[0]), Fraction(0)  # lead: F(best) - F(the option before)
+        for before, position in pairwise(positions.tolist()):
+            ranks = np.zeros((2, len(self.problem.names)), dtype=np.int64)
+            layers = list(self.members[variable])
+            ranks[0, layers], ranks[1, layers] = self.ranks[position], self.ranks[before]
+            lead -= self.problem.value_difference(ranks[0], ranks[1])
+            if lead < 0:
+                best, lead = position, Fraction(0)
+        return best
+
     def last_bit(self, variable: int, positions: IntArray) -> int:
         """Exponent of the last bit set in any of the doubles that these options' F are sums of."""
         least = 1024
@@ -114,7 +133,7 @@ def option_table(problem: Problem) -> OptionTable:
         unit = sum(int(problem.costs[i]) for i in layers)
         fixed = sum(int(problem.fixed_costs[i]) for i in layers)
         # Floor division keeps unit * rank within the budget, hence within 64 bits.
-        affordable = allowed <= min((problem.budget - fixed) // unit, 1 << 62)
+        affordable = allowed <= min((problem.spendable - fixed) // unit, 1 << 62)
         affordable[0] = True
         allowed = allowed[affordable]
         value, magnitude = np.zeros(len(allowed)), 0.0

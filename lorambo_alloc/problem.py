@@ -18,9 +18,9 @@ from lorambo_alloc.costs import (
     whole_number,
     whole_numbers,
 )
-from lorambo_alloc.curves import GainCurves, Spectra, check_shapes
+from lorambo_alloc.curves import GainCurves, Spectra, check_finite, check_shapes
 from lorambo_alloc.gains import Gains
-from lorambo_alloc.objectives import FloatArray, IntArray, Objective, parse_objective, schatten
+from lorambo_alloc.objectives import FloatArray, IntArray, Objective, parse_objective, real_number, schatten
 
 Limit: TypeAlias = int | Mapping[str, int] | None
 AllowedRanks: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -78,6 +78,7 @@ class Problem:
         costs: cost of one rank, int64 by layer.
         fixed_costs: cost of a rank above 0, int64 by layer.
         budget: an int in the same units.
+        spendable: the budget, or the cost of the greatest ranks if that is less.
         objective: the `Objective`.
         lower: the least allowed rank, int64 by layer.
         upper: the greatest allowed rank, int64 by layer.
@@ -119,7 +120,7 @@ class Problem:
         )
         self.gains, self.totals = self._parse_gains()
         self.max_lengths = layers.lengths - (1 if isinstance(self.curves, GainCurves) else 0)
-        self.multiple_of = whole_number(multiple_of, "multiple_of", least=1)
+        self.multiple_of = min(whole_number(multiple_of, "multiple_of", least=1), 1 << 53)
         self.groups = self._parse_tied(tied)
         self.lower, self.upper = self._parse_limits(min_rank, max_rank)
         self._allowed = self._parse_allowed(allowed_ranks)
@@ -128,7 +129,8 @@ class Problem:
             self.budget = budget.cost(self.costs, self.fixed_costs)
         else:
             self.budget = whole_number(budget, "budget", least=0)
-        if min(self.budget, self.cost_of(self.upper)) >= 1 << 62:
+        self.spendable = min(self.budget, self.cost_of(self.upper))
+        if self.spendable >= 1 << 62:
             raise ValueError(
                 f"budget: expected a budget, or a cost of the greatest ranks, below 2^62, got "
                 f"{self.budget}; divide costs and budget by a common factor"
@@ -148,16 +150,14 @@ class Problem:
 
         Then taking the best increments never breaks the order within a layer.
         """
-        if self._concave is None:
-            self._concave = (
-                self.gains is not None
-                and self.multiple_of == 1
-                and not self._allowed
-                and not self.groups
-                and not np.any(self.fixed_costs)
-                and (isinstance(self.curves, Spectra) or first_ascent(self.gains.layers) is None)
-            )
-        return self._concave
+        return (
+            self.gains is not None
+            and self.gains.sorted
+            and self.multiple_of == 1
+            and not self._allowed
+            and not self.groups
+            and not np.any(self.fixed_costs)
+        )
 
     def allowed_ranks(self, i: int) -> IntArray:
         """The ranks that layer i may take, ascending (ties with other layers included)."""
@@ -273,34 +273,52 @@ class Problem:
         return np.array([d + k for d, k in named.values()], dtype=np.int64)
 
     def _parse_gains(self) -> tuple[Gains | None, FlatLayers | None]:
-        self._concave: bool | None = None
         if isinstance(self.curves, Spectra):
             layers = self.curves.layers
             if self.objective.kind == "operator":
+                with np.errstate(over="ignore"):
+                    first = self.tails(np.zeros(len(self.names), dtype=np.int64))
+                for i in np.flatnonzero(~np.isfinite(first))[:1].tolist():
+                    raise ValueError(
+                        f"layer {self.names[i]!r}: weight times singular value overflows; "
+                        "scale down"
+                    )
                 return None, None
-            gains = Gains(layers, self.objective, self.weights)
-            gains.check_range(layers.flat[layers.offsets[:-1]].astype(np.float64, copy=False))
-            return gains, None
+            return Gains(layers, self.objective, self.weights, sorted=True), None
         if self.objective != schatten(2):
             raise ValueError(
                 f"objective: gain curves are gains already, got objective {str(self.objective)!r}"
             )
-        if self.curves.increments is not None:
-            return Gains(self.curves.increments, schatten(1), self.weights), None
+        increments = self.curves.increments
+        if increments is not None:
+            descending = first_ascent(increments) is None
+            return Gains(increments, schatten(1), self.weights, sorted=descending), None
         totals = self.curves.layers
         flat = totals.flat.astype(np.float64, copy=False)
         if self.weights is not None:
-            flat = flat * np.repeat(self.weights, totals.lengths)
-        return None, FlatLayers(totals.names, flat, totals.offsets)
+            with np.errstate(over="ignore"):
+                flat = flat * np.repeat(self.weights, totals.lengths)
+        weighted = FlatLayers(totals.names, flat, totals.offsets)
+        check_finite(weighted, "weighted gain curve")
+        largest = np.maximum.reduceat(np.abs(flat), totals.offsets[:-1])
+        if np.sum(largest / 2.0**60) >= 2.0**960:
+            i = int(np.argmax(largest))
+            raise ValueError(
+                f"layer {self.names[i]!r}: sums of gains may overflow (largest {largest[i]}); "
+                "scale down"
+            )
+        return None, weighted
 
     def _parse_tied(self, tied: Iterable[Sequence[str]]) -> tuple[tuple[int, ...], ...]:
         seen: set[str] = set()
         groups: list[tuple[int, ...]] = []
-        for group in tied:
-            if isinstance(group, str):
-                raise ValueError(f"tied: expected groups of layer names, got the string {group!r}")
+        if isinstance(tied, str) or not isinstance(tied, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"tied: expected groups of layer names, got {tied!r}")
+        for group in map(_listed, tied):
+            if isinstance(group, str) or not isinstance(group, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ValueError(f"tied: expected groups of layer names, got {group!r}")
             for name in group:
-                if name not in self._index:
+                if not isinstance(name, str) or name not in self._index:  # pyright: ignore[reportUnnecessaryIsInstance]
                     raise ValueError(f"tied: layer {name!r} is not among the spectra")
                 if name in seen:
                     raise ValueError(f"tied: layer {name!r} appears twice")
@@ -391,13 +409,15 @@ class Problem:
 
 
 def _weight(value: Any, where: str) -> float:
-    try:
-        weight = float(value)
-    except (TypeError, ValueError):
-        weight = float("nan")
+    weight = real_number(value)
     if not 0 <= weight < float("inf"):
         raise ValueError(f"{where}: expected a finite weight >= 0, got {value!r}")
     return weight
+
+
+def _listed(group: Any) -> Any:
+    """A group given as a one-pass iterable, as a list."""
+    return list(group) if isinstance(group, Iterable) and not isinstance(group, str) else group
 
 
 def _same(value: Any, where: str) -> Any:

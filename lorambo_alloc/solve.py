@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from lorambo_alloc.allocation import Allocation
+from lorambo_alloc.objectives import real_number
 from lorambo_alloc.problem import Problem
 from lorambo_alloc.solvers.bottleneck import solve_bottleneck
 from lorambo_alloc.solvers.exact import solve_exact
@@ -48,12 +49,12 @@ def solve(problem: Problem, solver: str = "auto", time_limit: float | None = Non
         ValueError: an unknown solver (the message lists the known ones), one that does not fit
             the objective, or a time limit that is not a number >= 0.
     """
-    if time_limit is not None and not (time_limit >= 0 and math.isfinite(time_limit)):
+    if time_limit is not None and not 0 <= real_number(time_limit) < math.inf:
         raise ValueError(f"time_limit: expected seconds >= 0 or None, got {time_limit!r}")
     operator = problem.objective.kind == "operator"
     if solver == "auto":
         solver = "bottleneck" if operator else "exact"
-    if solver not in SOLVERS:
+    if not isinstance(solver, str) or solver not in SOLVERS:  # pyright: ignore[reportUnnecessaryIsInstance]
         known = ", ".join(map(repr, ["auto", *SOLVERS]))
         raise ValueError(f"method: expected one of {known}, got {solver!r}")
     if operator != (solver == "bottleneck"):

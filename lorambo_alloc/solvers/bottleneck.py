@@ -30,7 +30,7 @@ def solve_bottleneck(problem: Problem, time_limit: float | None = None) -> Alloc
     groups = problem.variables
     ladders = [_ladder(problem, group) for group in groups]
     at = _threshold(problem, ladders)
-    left = problem.budget - sum(costs[n] for (_, _, costs), n in zip(ladders, at, strict=True))
+    left = problem.spendable - sum(costs[n] for (_, _, costs), n in zip(ladders, at, strict=True))
 
     def entry(v: int) -> tuple[float, int, int]:
         _, tails, costs = ladders[v]
@@ -88,7 +88,7 @@ def _threshold(problem: Problem, ladders: list[_Ladder]) -> list[int]:
                 return None
             spent += costs[n]
             result.append(n)
-        return result if spent <= problem.budget else None
+        return result if spent <= problem.spendable else None
 
     # Bisection over every value that some step discards: the sorted set of thresholds.
     values = sorted({tail for _, tails, _ in ladders for tail in tails})

@@ -42,7 +42,7 @@ class ConcaveForm:
         self.problem = problem
         self._gains: Gains = problem.gains
         self._lower = problem.lower
-        self._budget = problem.budget - exact_dot(problem.costs, problem.lower)
+        self._budget = problem.spendable - exact_dot(problem.costs, problem.lower)
         # A rank that alone breaks the budget is never taken; leaving it out keeps products in
         # 64 bits.
         self._upper = np.minimum(problem.upper, self._lower + self._budget // problem.costs)

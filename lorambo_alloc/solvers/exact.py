@@ -190,7 +190,7 @@ class Search:
 
     def _left(self, ranks: IntArray) -> int:
         """Reduced units of budget that a rank vector leaves over."""
-        return (self._problem.budget - self._problem.cost_of(ranks)) // self._form.unit
+        return (self._problem.spendable - self._problem.cost_of(ranks)) // self._form.unit
 
     def _window(self) -> float:
         return round_up(self.gap) * (1 + 2.0**-20)
@@ -241,7 +241,7 @@ class Search:
 
     def offer(self, ranks: IntArray) -> None:
         """Take a rank vector as the incumbent if it is feasible and better, exactly."""
-        if self._problem.cost_of(ranks) > self._problem.budget:
+        if self._problem.cost_of(ranks) > self._problem.spendable:
             return
         gained = self._problem.value_difference(ranks, self.ranks)
         if gained > 0:

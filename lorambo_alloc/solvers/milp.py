@@ -32,7 +32,7 @@ def solve_milp(problem: Problem, time_limit: float | None = None) -> Allocation:
     variables = np.repeat(np.arange(len(table.members)), np.diff(table.offsets))
     # HiGHS has returned wrong optima for gains of 1e-6 and smaller: scale to about 1 first.
     scale = float(np.abs(table.values).max()) or 1.0
-    costs = table.costs / float(max(problem.budget, 1))
+    costs = table.costs / float(max(problem.spendable, 1))
     choose = csr_array(coo_array((np.ones(size), (variables, np.arange(size)))))
     options: dict[str, float] = {"mip_rel_gap": 0.0}
     if time_limit is not None:

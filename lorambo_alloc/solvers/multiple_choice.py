@@ -42,7 +42,7 @@ class MultipleChoiceForm:
         )
         least = self._table.costs[starts]
         extra = self._table.costs - least[self._variables]
-        self._budget = problem.budget - exact_dot(least, np.ones_like(least))
+        self._budget = problem.spendable - exact_dot(least, np.ones_like(least))
         self.unit = max(int(np.gcd.reduce(extra)), 1) if len(extra) else 1
         self._costs = extra // self.unit  # beyond each variable's cheapest option
         self._budget //= self.unit
@@ -57,7 +57,7 @@ class MultipleChoiceForm:
             Kelley 1960 in one dimension; Dinkelbach's iteration for the breakpoints.
         """
         values, costs = self._table.values, self._costs
-        rich = self._best(0.0)
+        rich = self._exactly_best()
         if self._spent(rich) <= self._budget:
             ranks = self._table.ranks_of(rich)
             return Relaxed(0.0, ranks, ranks)
@@ -95,6 +95,16 @@ class MultipleChoiceForm:
         first = np.ones(len(hits), dtype=bool)
         first[1:] = self._variables[hits[1:]] != self._variables[hits[:-1]]
         return hits[first]
+
+    def _exactly_best(self) -> IntArray:
+        """Per variable the option of the greatest value, exactly; the cheapest among equals."""
+        best = self._best(0.0)
+        values = self._table.values
+        margins = 4 * self._table.value_errors[self._variables]
+        near = np.flatnonzero(values >= values[best][self._variables] - margins)
+        for variable, positions in _by_variable(self._alternatives(near)):
+            best[variable] = self._table.exactly_best(variable, positions)
+        return best
 
     def _spent(self, chosen: IntArray) -> int:
         costs = self._costs[chosen]
