@@ -164,7 +164,9 @@ class Allocation(Mapping[str, int]):
             )
             ranks = arrays["ranks"]
             problem.check(ranks)
-            return cls(problem, ranks, Certificate(**header["certificate"]))
+            certificate = dict(header["certificate"])
+            certificate["cut"] = certificate["cut"] and tuple(certificate["cut"])
+            return cls(problem, ranks, Certificate(**certificate))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)}: the file is damaged: {error}") from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, TypeAlias, get_args
@@ -11,8 +10,16 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from lorambo_alloc.arithmetic import round_down, round_up
-from lorambo_alloc.objectives import FloatArray, IntArray
+from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.problem import Problem
+from lorambo_alloc.verification import (
+    SCALE,
+    better_exists,
+    integer,
+    responses,
+    two_price_bound,
+    value_step,
+)
 
 Status: TypeAlias = Literal["optimal_exact", "optimal_within_rounding", "gap_certified"]
 
@@ -21,9 +28,6 @@ MEANING: dict[Status, str] = {
     "optimal_within_rounding": "optimal to within the rounding of the sums, stated as the gap",
     "gap_certified": "stopped early: the gap is proved, optimality is not; more time may close it",
 }
-
-# Every finite double is a whole multiple of 2^-1074.
-_PLACES = 1074
 
 
 # A gap above this share of the value is not called rounding.
@@ -41,14 +45,15 @@ class Verification:
     Attributes:
         value: the exact value of the ranks.
         price_bound: the exact Lagrangian bound at the certificate's price.
-        proof: `price` (the price alone proves the claimed bound), `search` (a search repeated in
-            integers proves it), or `unfinished` (the arithmetic is right and the price bound
-            holds, but repeating the search would take more than the effort allowed).
+        proof: `price` (the price alone proves the claimed bound), `two prices` (with one on the
+            number of ranks), `search` (a search repeated in integers proves it), or `unfinished`
+            (the arithmetic is right and the price bound holds, but repeating the search would
+            take more than the effort allowed).
     """
 
     value: Fraction
     price_bound: Fraction
-    proof: Literal["price", "search", "unfinished"]
+    proof: Literal["price", "two prices", "search", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class Certificate:
         gap: what a better answer could gain at most, rounded up; 0.0 if `optimal_exact`.
         price: gain per unit of cost at the margin; what one more unit of budget is worth.
         method: the solver that made it.
+        cut: where the number of ranks is priced too (see `solvers.cardinality`): the price per
+            unit of cost and the price per rank of that bound.
     """
 
     status: Status
@@ -78,10 +85,18 @@ class Certificate:
     gap: float
     price: float
     method: str
+    cut: tuple[float, float] | None = None
 
     @classmethod
     def of(
-        cls, value: Fraction, gap: Fraction, price: float, method: str, closed: bool
+        cls,
+        value: Fraction,
+        gap: Fraction,
+        price: float,
+        method: str,
+        *,
+        closed: bool,
+        cut: tuple[float, float] | None = None,
     ) -> Certificate:
         """Round a proved statement outwards.
 
@@ -91,16 +106,16 @@ class Certificate:
             price: the price the proof used.
             method: the solver's name.
             closed: whether the search closed, so that the gap is rounding alone.
+            cut: the prices of a bound with a price per rank, where one was used.
         """
         if gap == 0:
-            return cls(
-                "optimal_exact", round_down(value), round_up(value), 0.0, float(price), method
-            )
+            bounds = round_down(value), round_up(value), 0.0
+            return cls("optimal_exact", *bounds, float(price), method, cut)
         upper = round_up(value + gap)
         rounding = closed and gap <= _ROUNDING * abs(value)
         status: Status = "optimal_within_rounding" if rounding else "gap_certified"
         stated = round_up(Fraction(upper) - value)
-        return cls(status, round_down(value), upper, stated, float(price), method)
+        return cls(status, round_down(value), upper, stated, float(price), method, cut)
 
     @property
     def relative_gap(self) -> float:
@@ -135,29 +150,46 @@ class Certificate:
             return self._verify_bottleneck(problem, ranks)
         if not (math.isfinite(self.price) and self.price >= 0):
             raise CertificateError(f"expected a finite price >= 0, got {self.price}")
-        responses = list(_responses(problem, ranks, self.price))
-        scale = 1 << _PLACES
-        value = Fraction(sum(r.value for r in responses), scale)
+        answers = list(responses(problem, ranks, self.price))
+        value = Fraction(sum(r.value for r in answers), SCALE)
         self._check_claims(value)
-        price = _integer(self.price)
-        bound = Fraction(sum(r.best for r in responses) + price * problem.budget, scale)
+        price = integer(self.price)
+        bound = Fraction(sum(r.best for r in answers) + price * problem.budget, SCALE)
         claimed = value if self.status == "optimal_exact" else Fraction(self.upper_bound)
         if claimed >= bound:
             return Verification(value, bound, "price")
+        if self._cut_proves(problem, ranks, claimed, bound):
+            return Verification(value, bound, "two prices")
         window = bound - claimed
         classes = [
             alternatives
-            for response in responses
+            for response in answers
             if (alternatives := response.alternatives(price, window))
         ]
-        left = problem.budget - sum(r.best_cost for r in responses)
-        found = _better_exists(classes, left, price, int(window * scale), effort)
+        left = problem.budget - sum(r.best_cost for r in answers)
+        found = better_exists(classes, left, price, int(window * SCALE), effort)
         if found:
             raise CertificateError(
                 f"a rank vector within the budget has a value above the claimed bound "
                 f"{self.upper_bound!r}"
             )
         return Verification(value, bound, "unfinished" if found is None else "search")
+
+    def _cut_proves(
+        self, problem: Problem, ranks: IntArray, claimed: Fraction, bound: Fraction
+    ) -> bool:
+        """Whether the two prices show that no value above the claimed one is possible."""
+        if self.cut is None or not problem.concave_unit_steps or self.price <= 0:
+            return False
+        price, rank_price = self.cut
+        if not (math.isfinite(price) and price >= 0 and math.isfinite(rank_price)):
+            raise CertificateError(f"expected finite prices, the first >= 0, got {self.cut}")
+        # A value above `claimed` leaves so little of the price's bound for unspent budget.
+        waste = math.floor((bound - claimed) / Fraction(self.price))
+        proved = two_price_bound(problem, ranks, self.cut, waste)
+        # Values are multiples of a step: the next one above `claimed` may already be too much.
+        step = value_step(problem)
+        return step > 0 and (math.floor(claimed / step) + 1) * step > proved
 
     def _check_claims(self, value: Fraction) -> None:
         """The rounded figures against the exact value."""
@@ -203,134 +235,3 @@ class Certificate:
                 f"ranks of cost {least_cost} discard nothing as large as {worst!r}"
             )
         return Verification(value, value, "search")
-
-
-@dataclass(frozen=True)
-class _Response:
-    """One variable at a price: its exact best score, and what is needed to list the others."""
-
-    problem: Problem
-    group: tuple[int, ...]
-    allowed: IntArray
-    scores: FloatArray
-    error: float
-    value: int
-    best: int
-    best_cost: int
-
-    def alternatives(self, price: int, window: Fraction) -> list[tuple[int, int]]:
-        """Cost change and penalty of every option less than the window from the best."""
-        limit = int(window * (1 << _PLACES))
-        cut = float(np.max(self.scores)) - float(window) * (1 + 2.0**-40) - 4 * self.error
-        near = self.allowed[self.scores >= cut].tolist()
-        result: list[tuple[int, int]] = []
-        for rank, total in zip(near, _exact_totals(self.problem, self.group, near), strict=True):
-            cost = self.problem.cost_at(self.group, rank)
-            penalty = self.best - (total - price * cost)
-            if penalty < limit and cost != self.best_cost:
-                result.append((cost - self.best_cost, penalty))
-        return result
-
-
-def _responses(problem: Problem, ranks: IntArray, price: float) -> Iterator[_Response]:
-    """Each variable's best response to the price, exactly; doubles only narrow the choice."""
-    price_units = _integer(price)
-    for group in problem.variables:
-        allowed = problem.allowed_ranks(group[0])
-        unit = float(sum(int(problem.costs[i]) for i in group))
-        fixed = float(sum(int(problem.fixed_costs[i]) for i in group))
-        curve, magnitude = np.zeros(len(allowed)), 0.0
-        for i in group:
-            row = problem.curve(i)
-            curve += row[allowed]
-            magnitude += float(np.abs(np.diff(row)).sum()) + float(np.abs(row).max())
-        cost = unit * allowed + fixed * (allowed > 0)
-        scores = curve - price * cost
-        terms = int(allowed[-1]) + len(group) + 8
-        error = 2.0**-52 * terms * (magnitude + price * float(cost[-1])) + 2.0**-1070
-        near = allowed[scores >= np.max(scores) - 4 * error].tolist()
-        mine = int(ranks[group[0]])
-        totals = _exact_totals(problem, group, [*near, mine])
-        exact = [
-            (total - price_units * (cost := problem.cost_at(group, rank)), -cost)
-            for rank, total in zip(near, totals, strict=False)
-        ]
-        best, minus_cost = max(exact)
-        yield _Response(
-            problem, group, allowed, scores, error, totals[-1], best, -minus_cost
-        )
-
-
-def _better_exists(
-    classes: list[list[tuple[int, int]]], left: int, price: int, window: int, effort: int
-) -> bool | None:
-    """Whether some choice of one option a class loses less than the window; None: too long.
-
-    A plain dynamic program over the change of cost, one class after another, in integers.
-    """
-    unlimited = window + 1
-    slopes = [
-        (
-            min((p // d for d, p in options if d > 0), default=unlimited),
-            min((p // -d for d, p in options if d < 0), default=unlimited),
-        )
-        for options in classes
-    ]
-    order = sorted(range(len(classes)), key=lambda n: min(slopes[n]))
-    spend, free = [price], [unlimited]
-    for n in reversed(order):
-        spend.append(min(spend[-1], slopes[n][0]))
-        free.append(min(free[-1], slopes[n][1]))
-    spend.reverse()
-    free.reverse()
-    states = {0: 0}
-    if 0 <= left and price * left < window:
-        return True
-    looked = 0
-    for depth, n in enumerate(order, start=1):
-        fresh: dict[int, int] = {}
-        for move, penalty in states.items():
-            for change, extra in ((0, 0), *classes[n]):
-                total, at = penalty + extra, move + change
-                rest = left - at
-                bound = total + (spend[depth] * rest if rest >= 0 else free[depth] * -rest)
-                if bound >= window:
-                    continue
-                if rest >= 0 and total + price * rest < window:
-                    return True
-                if total < fresh.get(at, window):
-                    fresh[at] = total
-        looked += len(states) * (len(classes[n]) + 1)
-        if looked > effort:
-            return None
-        states, least = {}, None
-        for at in sorted(fresh):
-            shortfall = fresh[at] - price * at
-            if least is None or shortfall < least:
-                states[at], least = fresh[at], shortfall
-    return False
-
-
-def _exact_totals(problem: Problem, group: tuple[int, ...], ranks: list[int]) -> list[int]:
-    """F at some ranks, summed over the group, in units of 2^-1074."""
-    totals = [0] * len(ranks)
-    for i in group:
-        if problem.gains is None:
-            assert problem.totals is not None
-            row = problem.totals.row(i)
-            for n, rank in enumerate(ranks):
-                totals[n] += _integer(float(row[rank]))
-            continue
-        gains = problem.gains.row(i)
-        running, reached = 0, 0
-        for n in sorted(range(len(ranks)), key=ranks.__getitem__):
-            running += sum(map(_integer, gains[reached : ranks[n]].tolist()))
-            reached = max(reached, ranks[n])
-            totals[n] += running
-    return totals
-
-
-def _integer(value: float) -> int:
-    """A double in units of 2^-1074, exactly."""
-    numerator, denominator = value.as_integer_ratio()
-    return numerator << (_PLACES - denominator.bit_length() + 1)

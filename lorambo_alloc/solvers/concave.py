@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -51,32 +52,39 @@ class ConcaveForm:
         self._costs = problem.costs // self.unit
         self._budget //= self.unit
 
-    def relax(self) -> Relaxed:
-        """Water-filling: narrow a price bracket by sampled quantiles, then sort what is left."""
+    def relax(self, offset: float = 0.0) -> Relaxed:
+        """Water-filling: narrow a price bracket by sampled quantiles, then sort what is left.
+
+        Args:
+            offset: taken off every gain first.
+        """
         costs = self._costs.astype(np.float64)
-        outer = self._prefix(0.0 * costs, self._lower, self._upper)  # too much, at the lower price
+        # `outer` costs too much, at the lower price; `inner` fits, at the higher one.
+        outer = self._prefix(0.0 * costs + offset, self._lower, self._upper)
         if self._spent(outer) <= self._budget:
             return Relaxed(0.0, outer, outer)
-        inner = self._lower  # fits, at the higher price
+        inner = self._lower
         while (left := int(np.sum(outer - inner))) > max(_SORT_AT_MOST, 2 * len(costs)):
-            for price in self._guess(inner, outer):
-                ranks = self._prefix(price * costs, inner, outer)
+            for price in self._guess(inner, outer, offset):
+                ranks = self._prefix(price * costs + offset, inner, outer)
                 if self._spent(ranks) > self._budget:
                     outer = ranks
                 else:
                     inner = ranks
             if int(np.sum(outer - inner)) > left - left // 8:
                 # Stalled on equal densities: take them all together, or none.
-                price = self._guess(inner, outer)[0]
-                ties = self._prefix(price * costs * (1 - 2.0**-50), inner, outer)
-                above = self._prefix(price * costs * (1 + 2.0**-50), inner, ties)
+                price = self._guess(inner, outer, offset)[0]
+                level = price * costs + offset
+                margin = (price * costs + abs(offset)) * 2.0**-50
+                ties = self._prefix(level - margin, inner, outer)
+                above = self._prefix(level + margin, inner, ties)
                 if self._spent(ties) <= self._budget:
                     inner = ties
                 elif self._spent(above) > self._budget:
                     outer = above
                 else:
                     return self._fill_ties(price, above, ties)
-        return self._fill_sorted(inner, outer)
+        return self._fill_sorted(inner, outer, offset)
 
     def _prefix(self, thresholds: FloatArray, low: IntArray, high: IntArray) -> IntArray:
         """Per layer the number of gains above its threshold, known to be in [low, high]."""
@@ -94,7 +102,7 @@ class ConcaveForm:
     def _spent(self, ranks: IntArray) -> int:
         return exact_dot(self._costs, ranks - self._lower)
 
-    def _guess(self, inner: IntArray, outer: IntArray) -> tuple[float, float]:
+    def _guess(self, inner: IntArray, outer: IntArray, offset: float) -> tuple[float, float]:
         """Two prices that probably enclose the one sought, from evenly spaced increments."""
         rows = np.flatnonzero(outer > inner)
         width = (outer - inner)[rows]
@@ -103,7 +111,7 @@ class ConcaveForm:
         ranks = inner[rows, None] + 1 + (width[:, None] * steps).astype(np.int64)
         rows_flat = np.repeat(rows, samples)
         costs = self._costs[rows_flat].astype(np.float64)
-        densities = self._gains.at(rows_flat, ranks.ravel()) / costs
+        densities = (self._gains.at(rows_flat, ranks.ravel()) - offset) / costs
         weights = costs * np.repeat(width / samples, samples)
         order = np.argsort(-densities)
         spent = np.cumsum(weights[order])
@@ -124,11 +132,11 @@ class ConcaveForm:
             residual -= step * cost
         return Relaxed(price, ranks, ranks)
 
-    def _fill_sorted(self, inner: IntArray, outer: IntArray) -> Relaxed:
+    def _fill_sorted(self, inner: IntArray, outer: IntArray, offset: float) -> Relaxed:
         """Take increments in (inner, outer] by density; then whatever still fits."""
         rows, _, gains = self._gains.selected(inner, outer)
         costs = self._costs[rows]
-        densities = gains / costs
+        densities = (gains - offset) / costs
         order = np.argsort(-densities, kind="stable")
         rows, costs = rows[order], costs[order]
         residual = self._budget - self._spent(inner)
@@ -145,6 +153,41 @@ class ConcaveForm:
             residual -= exact_dot(costs[:taken], np.ones(taken, dtype=np.int64))
             rows, costs = rows[taken:], costs[taken:]
         return Relaxed(price, ranks, feasible)
+
+    def free_ranks(self) -> tuple[IntArray, IntArray, int]:
+        """Reduced cost of a rank and room for ranks by layer, and the reduced budget for them."""
+        return self._costs, self._upper - self._lower, self._budget
+
+    def size_of_all(self) -> int:
+        """How many ranks are free to be taken."""
+        return int(np.sum(self._upper - self._lower))
+
+    def largest_gain(self) -> float:
+        """The largest gain of a rank that is free to be taken, or 0."""
+        rows = np.flatnonzero(self._upper > self._lower)
+        return float(np.max(self._gains.at(rows, self._lower[rows] + 1), initial=0.0))
+
+    def last_bit_of_all(self) -> int:
+        """The greatest e such that every gain is a whole multiple of 2^e."""
+        return last_bit(self._gains.selected(self._lower, self._upper)[2])
+
+    def bound(self, relaxed: Relaxed, offset: float) -> Fraction:
+        """sum_i max_r (F_i(r) - (price c_i + offset) r) + price * budget, rounded up.
+
+        Args:
+            relaxed: the break solution for gains less the offset.
+            offset: taken off every gain.
+        """
+        level = relaxed.price * self._costs
+        margin = (level + abs(offset)) * 2.0**-49
+        ranks = self._prefix(level + offset - margin, self._lower, self._upper)
+        # Ranks within the margin of the level may be rightly in or out: allow for both.
+        sure = self._prefix(level + offset + margin, self._lower, ranks)
+        hidden = Fraction(float(np.dot(ranks - sure, margin))) * 2
+        left = self._budget - self._spent(ranks)
+        count = int(np.sum(ranks - self._lower))
+        value = self.problem.value_of(ranks)
+        return value + Fraction(relaxed.price) * left - Fraction(offset) * count + hidden
 
     def nearest(self, price: float, ranks: IntArray, count: int, window: float) -> Increments:
         """The increments on both sides of the break with the density nearest to the price."""

@@ -21,6 +21,7 @@ from lorambo_alloc.arithmetic import round_up
 from lorambo_alloc.certificate import Certificate
 from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.problem import Problem
+from lorambo_alloc.solvers.cardinality import cardinality_cut
 from lorambo_alloc.solvers.concave import ConcaveForm
 from lorambo_alloc.solvers.core import Core, Form, Price, Relaxed
 from lorambo_alloc.solvers.core_program import Outcome, solve_core
@@ -99,6 +100,7 @@ class Search:
         self._runs = iter(_STATES)
         self.ranks = self._relaxed.feasible
         self.gap = Fraction(0)
+        self._cut: tuple[float, float] | None = None
         self.closed = self._relaxed.price == 0
         if not self.closed:
             self._prove(None)
@@ -119,7 +121,8 @@ class Search:
             self.gap,
             self._relaxed.price / self._form.unit,
             method,
-            self.closed,
+            closed=self.closed,
+            cut=self._cut,
         )
         return Allocation(self._problem, self.ranks, certificate)
 
@@ -174,19 +177,45 @@ class Search:
         outcome = self._run(setting, states)
         self._accept(setting, outcome)
         if outcome.bound < outcome.loss and states == _STATES[0]:
-            self._exchange(setting, outcome.loss)
+            self._exchange(setting, outcome)
         # Exact losses against the same best responses; the program's may be low by `low`.
         loss = setting.loss - self._problem.value_difference(self.ranks, before)
         proved = (outcome.bound - setting.core.low) * setting.unit
         self.gap = min(self.gap, max(loss - proved, Fraction(0)))
         self.closed = outcome.bound == outcome.loss or self.gap == 0
+        if not self.closed and states == _STATES[0]:
+            self._price_ranks(setting.price, loss + setting.core.low * setting.unit)
 
-    def _exchange(self, setting: _Setting, loss: int) -> None:
+    def _exchange(self, setting: _Setting, outcome: Outcome) -> None:
         """Look for a better incumbent among exchanges of a few deviations."""
         left = self._left(setting.core.ranks)
-        choices = best_exchange(setting.core.classes, left, setting.price.units, loss)
+        choices = best_exchange(
+            setting.core.classes, left, setting.price.units, outcome.loss, outcome.bound
+        )
         if choices is not None:
             self.offer(self._form.apply(setting.core, choices))
+
+    def _price_ranks(self, price: Price, loss: Fraction) -> None:
+        """Tighten the gap by a price on the number of ranks, where that number is limited.
+
+        Args:
+            price: the price per unit of cost.
+            loss: what the incumbent lacks to the bound of that price.
+        """
+        form = self._form
+        if not isinstance(form, ConcaveForm) or form.size_of_all() > _MAX_DEVIATIONS:
+            return
+        cut = cardinality_cut(form, math.floor(loss / Fraction(price.value)))
+        if cut is None:
+            return
+        # Values are whole multiples of a step, and so is what a better one has more.
+        step = Fraction(2) ** form.last_bit_of_all()
+        ahead = cut.bound - self._problem.value_of(self.ranks)
+        gap = max(math.floor(ahead / step) * step, Fraction(0))
+        if gap < self.gap:
+            self.gap = gap
+            self._cut = cut.price / form.unit, cut.rank_price
+        self.closed = self.gap == 0
 
     def _left(self, ranks: IntArray) -> int:
         """Reduced units of budget that a rank vector leaves over."""

@@ -7,30 +7,51 @@ found by sorting (Horowitz and Sahni, JACM 21, 1974: two lists for the subset su
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.solvers.core_program import Class
 
+_ROUNDS = 16
 _DEVIATIONS = 384  # about 74,000 pairs
 _PARTNERS = 4  # neighbours in the sorted list that are tried, as the nearest may share a class
 
 
 def best_exchange(
-    classes: list[Class], residual: int, price: int, incumbent: int
+    classes: list[Class], residual: int, price: int, incumbent: int, target: int
 ) -> list[int] | None:
     """Choices of up to four deviations that lose least, if that is less than the incumbent.
 
     A heuristic: it looks at the most promising deviations, and for each pair at the partners
-    that leave least of the budget.
+    that leave least of the budget. Where more deviations are equally promising than it can look
+    at, it looks several times, at others.
 
     Args:
         classes: deviations, most promising first.
         residual: budget that the break solution leaves over.
         price: loss per unit of budget left over.
         incumbent: loss to beat, below 2^59.
+        target: a loss that is good enough.
     """
-    moves, penalties, owners, options = _leading(classes)
+    rng = np.random.default_rng(0)
+    best, found = incumbent, None
+    for _ in range(_ROUNDS):
+        deviations, all_equal_fit = _leading(classes, rng)
+        loss, choices = _best_pair_of_pairs(deviations, len(classes), residual, price, best)
+        if choices is not None:
+            best, found = loss, choices
+        if best <= target or all_equal_fit:
+            break
+    return found
+
+
+def _best_pair_of_pairs(
+    deviations: _Deviations, classes: int, residual: int, price: int, incumbent: int
+) -> tuple[int, list[int] | None]:
+    moves, penalties = deviations.moves, deviations.penalties
+    owners = deviations.owners
     # Position 0 is no deviation; pairs (0, n) are single ones.
     first, second = np.triu_indices(len(moves))
     pair_penalties = penalties[first] + penalties[second]
@@ -55,19 +76,29 @@ def best_exchange(
         if len(loss) and loss[n] < best:
             best, found = int(loss[n]), (int(own[n]), int(other[n]))
     if found is None:
-        return None
-    choices = [0] * len(classes)
+        return incumbent, None
+    choices = [0] * classes
     for pair in found:
         for position in (int(first[pair]), int(second[pair])):
             if position:
-                choices[int(owners[position])] = int(options[position])
-    return choices
+                choices[int(owners[position])] = int(deviations.options[position])
+    return best, choices
 
 
-def _leading(classes: list[Class]) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Move, penalty, class and option of the deviations of least slope, after an empty one.
+@dataclass(frozen=True)
+class _Deviations:
+    """Move, penalty, class and option of some deviations, after an empty one."""
 
-    As many that spend as that free, so that they can make up for each other.
+    moves: IntArray
+    penalties: IntArray
+    owners: IntArray
+    options: IntArray
+
+
+def _leading(classes: list[Class], rng: np.random.Generator) -> tuple[_Deviations, bool]:
+    """The deviations of least slope; and whether none as good was left out.
+
+    As many that spend as that free, so that they can make up for each other; equals at random.
     """
     none = np.zeros(0, dtype=np.int64)
     moves = np.concatenate([none, *(group.moves for group in classes)])
@@ -76,12 +107,17 @@ def _leading(classes: list[Class]) -> tuple[IntArray, IntArray, IntArray, IntArr
     owners = np.repeat(np.arange(len(classes), dtype=np.int64), sizes)
     options = np.concatenate([none, *(np.arange(1, size + 1, dtype=np.int64) for size in sizes)])
     slopes = penalties / np.abs(moves)
-    order = np.argsort(slopes, kind="stable")
-    spending, freeing = order[moves[order] > 0], order[moves[order] < 0]
-    keep = np.concatenate([spending[: _DEVIATIONS // 2], freeing[: _DEVIATIONS // 2]])
+    order = np.lexsort((rng.permutation(len(slopes)), slopes))
+    kept: list[IntArray] = []
+    complete = True
+    for side in (order[moves[order] > 0], order[moves[order] < 0]):
+        half = _DEVIATIONS // 2
+        kept.append(side[:half])
+        complete &= len(side) <= half or bool(slopes[side[half - 1]] < slopes[side[half]])
+    keep = np.concatenate(kept)
     columns = ((0, moves), (0, penalties), (-1, owners), (0, options))
-    a, b, c, d = (np.concatenate([[first], column[keep]]) for first, column in columns)
-    return a, b, c, d
+    arrays = (np.concatenate([[first], column[keep]]) for first, column in columns)
+    return _Deviations(*arrays), complete
 
 
 def _clash(

@@ -1,0 +1,113 @@
+"""A second multiplier, on the number of ranks, for gains that follow the costs.
+
+Where every increment gains its cost plus (or minus) a constant, one price says little: the bound
+counts a fraction of a rank that no solution has. But the budget limits the number of ranks, and a
+solution better than the incumbent wastes so little budget that it needs a number of them. Either
+limit can be priced too:
+
+    value <= sum_i max_r (F_i(r) - p c_i r - q r) + p budget + q n
+
+for q >= 0 with n the most ranks that the budget holds, and for q <= 0 with n the fewest that a
+better solution can have.
+
+References:
+    Martello and Toth, Upper bounds and algorithms for hard 0-1 knapsack problems, Operations
+    Research 45 (1997): cardinality constraints derived from the budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from lorambo_alloc.objectives import IntArray
+from lorambo_alloc.solvers.concave import ConcaveForm
+
+_BISECTIONS = 64
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A bound by two prices.
+
+    Attributes:
+        price: gain per reduced unit of cost.
+        rank_price: gain per rank.
+        bound: no solution (better than the incumbent) has a value above this.
+    """
+
+    price: float
+    rank_price: float
+    bound: Fraction
+
+
+def most_ranks(costs: IntArray, room: IntArray, budget: int) -> int:
+    """The greatest number of ranks that a budget holds.
+
+    Args:
+        costs: of one rank, by layer.
+        room: how many ranks each layer can take.
+        budget: in the units of the costs.
+    """
+    count = 0
+    for i in np.argsort(costs, kind="stable").tolist():
+        step = min(int(room[i]), budget // int(costs[i]))
+        count += step
+        budget -= step * int(costs[i])
+        if step < room[i]:
+            break
+    return count
+
+
+def fewest_ranks(costs: IntArray, room: IntArray, cost: int) -> int:
+    """The least number of ranks that cost at least so much; the arguments are as above."""
+    count = 0
+    for i in np.argsort(-costs, kind="stable").tolist():
+        if cost <= 0:
+            break
+        step = min(int(room[i]), -(-cost // int(costs[i])))
+        count += step
+        cost -= step * int(costs[i])
+    return count
+
+
+def cardinality_cut(form: ConcaveForm, waste: int) -> Cut | None:
+    """The best bound by a price on the number of ranks, if one of the two limits binds.
+
+    Args:
+        form: the problem.
+        waste: reduced units of budget that a better solution leaves over at most.
+    """
+    costs, room, budget = form.free_ranks()
+    taken = int(np.sum(form.relax().ranks - form.problem.lower))
+    most = most_ranks(costs, room, budget)
+    fewest = fewest_ranks(costs, room, budget - waste)
+    if most <= taken:
+        limit, low, high = most, 0.0, form.largest_gain()
+    elif fewest > taken:
+        limit, low, high = fewest, -form.largest_gain(), 0.0
+    else:
+        return None
+    # The bound is convex in the rank price; its slope is the limit minus the ranks taken.
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if int(np.sum(form.relax(middle).ranks - form.problem.lower)) >= limit:
+            low = middle
+        else:
+            high = middle
+    candidates = {low, high, *(_rounded(low, bits) for bits in (12, 24, 36))}
+    cuts = [
+        Cut(relaxed.price, q, form.bound(relaxed, q) + Fraction(q) * limit)
+        for q in candidates
+        if (q >= 0) == (limit == most)
+        for relaxed in [form.relax(q)]
+    ]
+    return min(cuts, key=lambda cut: cut.bound)
+
+
+def _rounded(value: float, bits: int) -> float:
+    """The nearest double with so many bits: where gains are whole, the best price often is."""
+    fraction, exponent = np.frexp(value)
+    return float(np.ldexp(np.round(np.ldexp(fraction, bits)), exponent - bits))
