@@ -16,7 +16,7 @@ from lorambo_alloc.objectives import IntArray, Objective
 from lorambo_alloc.options import attainable_gain
 from lorambo_alloc.problem import Problem
 
-_ROWS = 24  # layers that a table shows whole; longer ones show both ends
+_ROWS = 48  # layers that a table shows whole; longer ones show both ends
 
 
 class Allocation(Mapping[str, int]):
@@ -93,7 +93,11 @@ class Allocation(Mapping[str, int]):
         }
         header: dict[str, Any] = {
             "names": problem.names,
-            "curves": "spectra" if isinstance(curves, Spectra) else "increments" if increments else "gains",
+            "curves": "spectra"
+            if isinstance(curves, Spectra)
+            else "increments"
+            if increments
+            else "gains",
             "source": curves.source if isinstance(curves, Spectra) else "",
             "objective": [problem.objective.kind, problem.objective.parameter],
             "budget": problem.budget,

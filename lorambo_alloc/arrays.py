@@ -56,7 +56,9 @@ def flatten(data: object, what: str, plural: str) -> FlatLayers:
             if not isinstance(name, str):
                 raise ValueError(f"layer names: expected strings, got {name!r}")
         names = tuple(cast(Mapping[str, object], mapping))
-        rows = [_vector(array, name, what) for name, array in zip(names, mapping.values(), strict=True)]
+        rows = [
+            _vector(array, name, what) for name, array in zip(names, mapping.values(), strict=True)
+        ]
     elif isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
         sequence = cast(Sequence[object], data)
         names = tuple(map(str, range(len(sequence))))
@@ -132,11 +134,15 @@ def _real(data: object, where: str, expected: str) -> npt.NDArray[Any]:
         else:
             array = np.asarray(data)
     except Exception as error:
-        raise ValueError(f"{where}: expected {expected}, got {type(data).__name__}: {error}") from error
+        raise ValueError(
+            f"{where}: expected {expected}, got {type(data).__name__}: {error}"
+        ) from error
     if array.dtype in (np.float64, np.float32) and array.dtype.isnative:
         return array
-    if array.dtype.kind in "iu" or array.dtype == np.float16 or (
-        array.dtype.kind == "f" and array.dtype.itemsize <= 8
+    if (
+        array.dtype.kind in "iu"
+        or array.dtype == np.float16
+        or (array.dtype.kind == "f" and array.dtype.itemsize <= 8)
     ):
         return array.astype(np.float64)
     if array.dtype.kind in "f" and array.size == 0:

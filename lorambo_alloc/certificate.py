@@ -146,10 +146,10 @@ class Certificate:
             problem.check(ranks)
         except ValueError as error:
             raise CertificateError(str(error)) from error
-        if problem.objective.kind == "operator":
-            return self._verify_bottleneck(problem, ranks)
         if not (math.isfinite(self.price) and self.price >= 0):
             raise CertificateError(f"expected a finite price >= 0, got {self.price}")
+        if problem.objective.kind == "operator":
+            return self._verify_bottleneck(problem, ranks)
         answers = list(responses(problem, ranks, self.price))
         value = Fraction(sum(r.value for r in answers), SCALE)
         self._check_claims(value)

@@ -93,9 +93,7 @@ def per_layer(
     ]
 
 
-def whole_numbers(
-    values: PerLayer[Any], names: tuple[str, ...], what: str, least: int
-) -> IntArray:
+def whole_numbers(values: PerLayer[Any], names: tuple[str, ...], what: str, least: int) -> IntArray:
     """Whole numbers up to 2^53, one a layer."""
 
     def parse(value: Any, where: str) -> int:

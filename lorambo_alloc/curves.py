@@ -14,7 +14,6 @@ from lorambo_alloc import storage
 from lorambo_alloc.arrays import FlatLayers, first_ascent, flatten
 from lorambo_alloc.objectives import FloatArray, IntArray, real_number
 
-
 _MAX_SIDE = 1 << 52  # so that d + k stays exact in a double
 
 
@@ -78,7 +77,9 @@ class Spectra(_Layers):
         self.source = source
         self.unresolved = dict.fromkeys(self, 0.0)
         if not isinstance(unresolved, (Mapping, NoneType)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"unresolved: expected a mapping of layer name to energy, got {unresolved!r}")
+            raise ValueError(
+                f"unresolved: expected a mapping of layer name to energy, got {unresolved!r}"
+            )
         for name, energy in (unresolved or {}).items():
             if name not in self._index:
                 raise ValueError(f"unresolved: layer {name!r} is not among the spectra")
@@ -171,7 +172,9 @@ class GainCurves(_Layers):
         curves = cls.__new__(cls)
         with np.errstate(over="ignore", invalid="ignore"):  # refused below
             rows = [np.concatenate([[0.0], np.cumsum(gains.row(i))]) for i in range(len(gains))]
-        curves._layers = flatten(dict(zip(gains.names, rows, strict=True)), "gain curve", "gain curves")
+        curves._layers = flatten(
+            dict(zip(gains.names, rows, strict=True)), "gain curve", "gain curves"
+        )
         check_finite(curves._layers, "gain curve")
         curves._index = {name: i for i, name in enumerate(gains.names)}
         curves._increments = gains

@@ -36,7 +36,9 @@ class Objective:
     def __post_init__(self) -> None:
         if self.kind not in ("power", "log", "operator"):
             raise ValueError(f"objective: unknown kind {self.kind!r}")
-        if self.kind == "operator" and self.parameter != 0:
+        if self.kind != "operator":
+            positive_number(self.parameter, f"objective {self.kind!r}")
+        elif self.parameter != 0:
             raise ValueError("objective: 'operator' takes no parameter")
 
     @property

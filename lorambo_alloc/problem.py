@@ -20,7 +20,14 @@ from lorambo_alloc.costs import (
 )
 from lorambo_alloc.curves import GainCurves, Spectra, check_finite, check_shapes
 from lorambo_alloc.gains import Gains
-from lorambo_alloc.objectives import FloatArray, IntArray, Objective, parse_objective, real_number, schatten
+from lorambo_alloc.objectives import (
+    FloatArray,
+    IntArray,
+    Objective,
+    parse_objective,
+    real_number,
+    schatten,
+)
 
 Limit: TypeAlias = int | Mapping[str, int] | None
 AllowedRanks: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]] | None

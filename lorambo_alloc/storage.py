@@ -51,20 +51,23 @@ def read(
         ValueError: the file is not one of this library's, of another kind, newer, or damaged.
     """
     place = os.fspath(path)
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{place}: expected an npz file of lorambo-alloc, got: {error}") from error
-    except Exception as error:  # zlib.error and the like, from damaged members
-        raise ValueError(f"{place}: the file is damaged: {error}") from error
+    # Opened here, because np.load leaves its own file open when a zip file is cut short.
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{place}: expected an npz file of lorambo-alloc, got something else")
+        file.seek(0)
+        try:
+            with np.load(file, allow_pickle=False) as data:
+                arrays = {name: data[name] for name in data.files}
+        except Exception as error:  # zlib.error, BadZipFile and the like, from damaged members
+            raise ValueError(f"{place}: the file is damaged: {error}") from error
     try:
         header = json.loads(str(arrays.pop("header")))
         found, found_version = header["kind"], int(header["version"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{place}: expected a file of lorambo-alloc, got another npz file") from error
+        raise ValueError(
+            f"{place}: expected a file of lorambo-alloc, got another npz file"
+        ) from error
     if found != kind:
         raise ValueError(f"{place}: expected a file of kind {kind!r}, got {found!r}")
     if found_version > version:

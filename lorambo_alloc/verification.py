@@ -73,24 +73,24 @@ def responses(
         charge = rank_price * len(group) * allowed
         scores = curve - price * cost - charge
         terms = int(allowed[-1]) + len(group) + 8
-        error = 2.0**-52 * terms * (
-            magnitude + price * float(cost[-1]) + abs(float(charge[-1]))
-        ) + 2.0**-1070
+        error = (
+            2.0**-52 * terms * (magnitude + price * float(cost[-1]) + abs(float(charge[-1])))
+            + 2.0**-1070
+        )
         near = allowed[scores >= np.max(scores) - 4 * error].tolist()
         mine = int(ranks[group[0]])
         totals = exact_totals(problem, group, [*near, mine])
         exact = [
             (
-                total - price_units * (cost := problem.cost_at(group, rank))
+                total
+                - price_units * (cost := problem.cost_at(group, rank))
                 - rank_units * len(group) * rank,
                 -cost,
             )
             for rank, total in zip(near, totals, strict=False)
         ]
         best, minus_cost = max(exact)
-        yield Response(
-            problem, group, allowed, scores, error, totals[-1], best, -minus_cost
-        )
+        yield Response(problem, group, allowed, scores, error, totals[-1], best, -minus_cost)
 
 
 def better_exists(
@@ -99,7 +99,21 @@ def better_exists(
     """Whether some choice of one option a class loses less than the window; None: too long.
 
     A plain dynamic program over the change of cost, one class after another, in integers.
+
+    Args:
+        classes: per class the change of cost and the penalty of each deviation.
+        left: budget that no deviation at all leaves over.
+        price: loss per unit of budget left over.
+        window: losses below this are what is looked for.
+        effort: how many states to look at before giving up.
     """
+    # All deviations move the cost by multiples of a divisor: what does not divide stays unspent.
+    divisor = gcd(*(change for options in classes for change, _ in options))
+    unspent = left % divisor if divisor else max(left, 0)
+    left -= unspent
+    window -= price * unspent
+    if window <= 0:
+        return False
     unlimited = window + 1
     slopes = [
         (

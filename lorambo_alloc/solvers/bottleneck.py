@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from fractions import Fraction
-from typing import TypeAlias
 
 import numpy as np
 
@@ -17,90 +16,118 @@ from lorambo_alloc.problem import Problem
 def solve_bottleneck(problem: Problem, time_limit: float | None = None) -> Allocation:
     """Minimise max_i w_i sigma_{i, r_i + 1}; then, with what is left, the next largest, and so on.
 
-    The least threshold that the budget allows is found by bisection. From there the worst
-    layer's rank is raised until that no longer fits, the layer is set aside, and the next worst
-    follows. Every raise is needed by all answers as good, so the largest discarded
-    value is minimal; the vector of discarded values in descending order is lexicographically
-    minimal too if no two of them are equal (equal ones are raised cheapest first).
+    The least threshold that the budget allows is found by bisection. From there the layer with
+    the largest discarded value has its rank raised until that no longer fits, is set aside, and
+    the next follows. Every raise is needed by all answers as good, so the largest discarded value
+    is minimal, which is what the certificate states. If no value occurs in two layers, the vector
+    of discarded values in descending order is lexicographically minimal too; of equal ones the
+    cheapest to lower goes first, which need not be best for the rest of the vector.
 
     Args:
         problem: a problem with the objective `operator`.
         time_limit: not needed; the time is that of a sort of all values.
     """
-    groups = problem.variables
-    ladders = [_ladder(problem, group) for group in groups]
-    at = _threshold(problem, ladders)
-    left = problem.spendable - sum(costs[n] for (_, _, costs), n in zip(ladders, at, strict=True))
+    choices = [_Choice(problem, group) for group in problem.variables]
+    owner = {i: choice for choice in choices for i in choice.tails}
+    _start_at_threshold(problem, choices)
+    left = problem.budget - sum(choice.cost() for choice in choices)
 
-    def entry(v: int) -> tuple[float, int, int]:
-        _, tails, costs = ladders[v]
-        step = at[v]
-        further = costs[step + 1] - costs[step] if step + 1 < len(costs) else -1
-        return -tails[step], further, v
+    def entry(i: int) -> tuple[float, int, int]:
+        """The layer's discarded value, greatest first; then what lowering it costs."""
+        step, cost = owner[i].next_below(i)
+        return -owner[i].tail(i), cost if step >= 0 else -1, i
 
-    heap = [entry(v) for v in range(len(groups))]
+    heap = [entry(i) for i in owner]
     heapq.heapify(heap)
     while heap:
-        _, further, v = heapq.heappop(heap)
-        if 0 <= further <= left:
-            left -= further
-            at[v] += 1
-            heapq.heappush(heap, entry(v))
+        seen = heapq.heappop(heap)
+        i = seen[2]
+        if (fresh := entry(i)) != seen:  # a layer it is tied to has raised its rank meanwhile
+            heapq.heappush(heap, fresh)
+            continue
+        step, cost = owner[i].next_below(i)
+        if 0 <= step and cost <= left:
+            left -= cost
+            owner[i].at = step
+            heapq.heappush(heap, entry(i))
     ranks = problem.lower.copy()
-    for group, (steps, _, _), n in zip(groups, ladders, at, strict=True):
-        ranks[list(group)] = steps[n]
+    for choice in choices:
+        ranks[list(choice.tails)] = choice.allowed[choice.at]
     certificate = Certificate.of(
         problem.value_of(ranks), Fraction(0), 0.0, "threshold and leximax", closed=True
     )
     return Allocation(problem, ranks, certificate)
 
 
-# Ranks worth taking, ascending, with the largest value each discards and what each costs.
-_Ladder: TypeAlias = tuple[list[int], list[float], list[int]]
+class _Choice:
+    """One variable: its allowed ranks, what each layer discards at each, and the present one.
+
+    Attributes:
+        allowed: the ranks, ascending.
+        tails: by layer, minus what it discards at each allowed rank (ascending, to be bisected).
+        at: position of the present rank.
+    """
+
+    def __init__(self, problem: Problem, group: tuple[int, ...]) -> None:
+        self.allowed: list[int] = problem.allowed_ranks(group[0]).tolist()
+        self.tails = {i: _negated_tails(problem, i) for i in group}
+        self.at = 0
+        self._unit = sum(int(problem.costs[i]) for i in group)
+        self._fixed = sum(int(problem.fixed_costs[i]) for i in group)
+
+    def cost(self, at: int | None = None) -> int:
+        """The cost at a position, or at the present one."""
+        rank = self.allowed[self.at if at is None else at]
+        return self._unit * rank + (self._fixed if rank else 0)
+
+    def tail(self, i: int) -> float:
+        """What layer i discards now."""
+        return -self.tails[i][self.at]
+
+    def next_below(self, i: int) -> tuple[int, int]:
+        """The next position where layer i discards less, and its further cost; -1 if none."""
+        step = bisect_right(self.tails[i], self.tails[i][self.at], lo=self.at)
+        if step == len(self.allowed):
+            return -1, 0
+        return step, self.cost(step) - self.cost()
+
+    def first_within(self, threshold: float) -> int:
+        """The first position where no layer discards more than the threshold."""
+        return max(bisect_left(tails, -threshold) for tails in self.tails.values())
 
 
-def _ladder(problem: Problem, group: tuple[int, ...]) -> _Ladder:
-    """Each allowed rank that discards less than every smaller one."""
-    allowed = problem.allowed_ranks(group[0])
-    tails = np.zeros(len(allowed))
-    for i in group:
-        row = np.append(problem.curves.layers.row(i), 0.0)[allowed]
-        np.maximum(tails, row if problem.weights is None else row * problem.weights[i], out=tails)
-    better = np.ones(len(allowed), dtype=bool)
-    better[1:] = tails[1:] < tails[:-1]
-    steps = allowed[better].tolist()
-    unit = sum(int(problem.costs[i]) for i in group)
-    fixed = sum(int(problem.fixed_costs[i]) for i in group)
-    costs = [unit * rank + (fixed if rank else 0) for rank in steps]
-    return steps, tails[better].tolist(), costs
+def _negated_tails(problem: Problem, i: int) -> list[float]:
+    row = np.append(problem.curves.layers.row(i), 0.0)[problem.allowed_ranks(i)]
+    if problem.weights is not None:
+        row = row * problem.weights[i]
+    return (-row).tolist()
 
 
-def _threshold(problem: Problem, ladders: list[_Ladder]) -> list[int]:
-    """The steps that the least feasible threshold asks for; every answer as good contains them."""
+def _start_at_threshold(problem: Problem, choices: list[_Choice]) -> None:
+    """Move every choice to where the least feasible threshold needs it."""
 
-    def steps(threshold: float) -> list[int] | None:
-        """Per ladder the first step that discards at most the threshold; None: too dear."""
+    def positions(threshold: float) -> list[int] | None:
+        """What the threshold needs; None: more than there is, or than the budget."""
         result: list[int] = []
         spent = 0
-        for _, tails, costs in ladders:
-            n = bisect_left(tails, -threshold, key=lambda tail: -tail)
-            if n == len(tails):
+        for choice in choices:
+            at = choice.first_within(threshold)
+            if at == len(choice.allowed):
                 return None
-            spent += costs[n]
-            result.append(n)
-        return result if spent <= problem.spendable else None
+            spent += choice.cost(at)
+            result.append(at)
+        return result if spent <= problem.budget else None
 
-    # Bisection over every value that some step discards: the sorted set of thresholds.
-    values = sorted({tail for _, tails, _ in ladders for tail in tails})
-    if not values:
-        return []
-    low, high = 0, len(values) - 1  # the greatest is feasible: all ladders at their first step
+    # The threshold is one of the discarded values; the greatest is feasible.
+    values = np.unique(-np.array([t for c in choices for row in c.tails.values() for t in row]))
+    if not len(values):
+        return
+    low, high = 0, len(values) - 1
     while low < high:
         middle = (low + high) // 2
-        if steps(values[middle]) is None:
+        if positions(float(values[middle])) is None:
             low = middle + 1
         else:
             high = middle
-    found = steps(values[low])
-    assert found is not None
-    return found
+    for choice, at in zip(choices, positions(float(values[low])) or [], strict=True):
+        choice.at = at

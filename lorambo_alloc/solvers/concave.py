@@ -238,9 +238,9 @@ class ConcaveForm:
         # Rounding may have put an increment on the wrong side of the price; move it.
         wrong = np.where(taken, net < 0, net > 0)
         moved = np.where(taken, -1, 1)[wrong]
-        ranks = ranks + np.bincount(
-            items.rows[wrong], weights=moved, minlength=len(ranks)
-        ).astype(np.int64)
+        ranks = ranks + np.bincount(items.rows[wrong], weights=moved, minlength=len(ranks)).astype(
+            np.int64
+        )
         taken = taken ^ wrong
         penalties = np.abs(net)
         if not exact:  # rounded down, the gain of an addition is understated by up to one unit

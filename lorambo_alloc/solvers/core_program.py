@@ -234,11 +234,17 @@ def _undominated(moves: IntArray, penalties: IntArray, price: int) -> IntArray:
     sorted_moves, sorted_penalties = moves[order], penalties[order]
     first = np.ones(len(order), dtype=bool)
     first[1:] = sorted_moves[1:] != sorted_moves[:-1]
-    order, sorted_moves, sorted_penalties = order[first], sorted_moves[first], sorted_penalties[first]
+    order, sorted_moves, sorted_penalties = (
+        order[first],
+        sorted_moves[first],
+        sorted_penalties[first],
+    )
     origin = int(sorted_moves[0])
     shortfall = sorted_penalties - float(price) * (sorted_moves - origin)
     least = np.minimum.accumulate(shortfall)
-    margin = 2.0**-50 * (float(sorted_penalties.max()) + float(price) * float(sorted_moves[-1] - origin))
+    margin = 2.0**-50 * (
+        float(sorted_penalties.max()) + float(price) * float(sorted_moves[-1] - origin)
+    )
     keep = np.ones(len(order), dtype=bool)
     keep[1:] = shortfall[1:] < least[:-1] + margin
     return order[keep]

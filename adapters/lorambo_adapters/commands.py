@@ -1,0 +1,150 @@
+"""The commands of `lorambo`: `allocate` and `info`. Needs typer and rich, and no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorambo_adapters.arguments import budget_from, objective_from
+from lorambo_alloc import Allocation, Problem, Spectra, solve
+
+app = typer.Typer(
+    help="Optimal LoRA ranks within a parameter budget, with a proof.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Refusal(Exception):
+    """Bad input: the message is all that its user needs."""
+
+
+SpectraFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A spectra file, as Spectra.save writes it.")
+]
+
+
+@app.command()
+def allocate(
+    file: SpectraFile,
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="N|1.5M|uniform:R",
+            help="Parameters to spend: a number, or what rank R in every layer would cost.",
+        ),
+    ],
+    objective: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="frobenius, nuclear, operator, schatten:P or log:NOISE."),
+    ] = "frobenius",
+    multiple_of: Annotated[
+        int, typer.Option(metavar="N", help="Every rank is a multiple of N.")
+    ] = 1,
+    min_rank: Annotated[int, typer.Option(metavar="N", help="No layer gets less.")] = 0,
+    max_rank: Annotated[int | None, typer.Option(metavar="N", help="No layer gets more.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="OUT", help="Also write ranks and certificate as JSON."),
+    ] = None,
+) -> None:
+    """Find the best rank of every layer within a budget."""
+    with _refusing(file):
+        problem = Problem(
+            Spectra.load(file),
+            budget_from(budget),
+            objective=objective_from(objective),
+            min_rank=min_rank,
+            max_rank=max_rank,
+            multiple_of=multiple_of,
+        )
+    allocation = solve(problem)
+    if json_file is not None:
+        document = {"spectra": str(file), "objective": objective, **_as_json(allocation)}
+        text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+        with _refusing(json_file):
+            _write_atomically(json_file, text)
+    print(repr(allocation))
+
+
+@app.command()
+def info(file: SpectraFile) -> None:
+    """Show the layers of a spectra file."""
+    with _refusing(file):
+        spectra = Spectra.load(file)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for heading in ("shape", "values", "largest", "energy", "unresolved"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    total = 0.0
+    for name, values in spectra.items():
+        energy = math.fsum(values * values)
+        total += energy
+        shape = spectra.shapes[name] if spectra.shapes else None
+        table.add_row(
+            Text(name),
+            f"{shape[0]} x {shape[1]}" if shape else "-",
+            str(len(values)),
+            f"{values[0]:.6g}" if len(values) else "-",
+            f"{energy:.6g}",
+            f"{spectra.unresolved[name]:.6g}",
+        )
+    # A pipe has no width; the default of 80 columns would break names that a script greps for.
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    print(f"{len(spectra)} layers, energy (sum of squared values) {total:.6g}")
+    print(f"source: {spectra.source or 'not recorded'}")
+
+
+@contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    """Turn what a user can put right into `Refusal`; anything else is a defect, and stays one."""
+    try:
+        yield
+    except ValueError as error:  # how the library reports bad input
+        raise Refusal(str(error)) from error
+    except OSError as error:
+        raise Refusal(f"{file}: {error.strerror or error}") from error
+
+
+def _as_json(allocation: Allocation) -> dict[str, Any]:
+    certificate = allocation.certificate
+    relative_gap = certificate.relative_gap
+    return {
+        "ranks": dict(allocation),
+        "cost": allocation.cost,
+        "budget": allocation.budget,
+        "value": allocation.value,
+        "captured": allocation.captured,
+        "certificate": {
+            "status": certificate.status,
+            "method": certificate.method,
+            "value": certificate.value,
+            "upper_bound": certificate.upper_bound,
+            "gap": certificate.gap,
+            # Infinite beside a value of 0, and JSON knows no infinity.
+            "relative_gap": relative_gap if math.isfinite(relative_gap) else None,
+            "price": certificate.price,
+        },
+    }
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Write through a temporary file beside `path`: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

