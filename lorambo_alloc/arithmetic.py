@@ -25,24 +25,21 @@ def exact_sum(values: FloatArray) -> Fraction:
         >>> exact_sum(np.array([2.0**60, 1.0, -(2.0**60)]))
         Fraction(1, 1)
     """
-    total = 0
+    total = Fraction(0)
     for start in range(0, len(values), _CHUNK):
         fraction, exponent = np.frexp(values[start : start + _CHUNK])
         mantissa = np.ldexp(fraction, 53).astype(np.int64)
-        bins = exponent - exponent.min()
+        least = int(exponent.min())
+        bins = exponent - least
         # The mantissa in two halves: each half's sums per exponent are exact in doubles.
-        high, low = mantissa >> 27, mantissa & ((1 << 27) - 1)
-        base = int(exponent.min()) - 53 + _SCALE
-        for half, shift in ((high, 27), (low, 0)):
-            sums = np.bincount(bins, weights=half.astype(np.float64))
+        chunk = 0
+        for half, shift in ((mantissa >> 27, 27), (mantissa & ((1 << 27) - 1), 0)):
+            sums = np.bincount(bins, weights=half)
             for k in np.flatnonzero(sums).tolist():
-                total += int(sums[k]) << (base + shift + k)
-    return Fraction(total, 1 << _SCALE)
-
-
-# 2^-1074 is the smallest double and a mantissa is stretched to 53 bits, so this many binary
-# places hold every bit of every double.
-_SCALE = 1074 + 53 + 1
+                chunk += int(sums[k]) << (shift + k)
+        places = 53 - least
+        total += Fraction(chunk, 1 << places) if places >= 0 else chunk << -places
+    return total
 
 
 def round_down(value: Fraction) -> float:

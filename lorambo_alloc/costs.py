@@ -96,6 +96,11 @@ def per_layer(
 def whole_numbers(values: PerLayer[Any], names: tuple[str, ...], what: str, least: int) -> IntArray:
     """Whole numbers up to 2^53, one a layer."""
 
+    if isinstance(values, Mapping) and len(values) == len(names):
+        plain = [values.get(name) for name in names]
+        if all(type(value) is int and least <= value <= 1 << 53 for value in plain):
+            return np.array(plain, dtype=np.int64)
+
     def parse(value: Any, where: str) -> int:
         number = whole_number(value, where, least)
         if number > 1 << 53:

@@ -1,12 +1,20 @@
-"""Hypothesis profiles: `dev` is quick and random, `ci` is thorough and the same on every run.
+"""Hypothesis profiles and fixtures.
+
+Profiles: `dev` is quick and random, `ci` is thorough and the same on every run.
 
 `HYPOTHESIS_PROFILE` (or pytest's `--hypothesis-profile`) chooses one; without it `ci` is used where
 the variable `CI` is set, and `dev` elsewhere. A property whose examples are slow or quick scales its
 share with `tests.strategies.examples`.
 """
 
+import json
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 
 # What a strategy draws is judged by its tests' coverage; the time of a draw is not.
@@ -25,3 +33,29 @@ settings.register_profile(
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
 )
+
+
+@pytest.fixture
+def tampered(tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that copies one of the library's files with some of it replaced.
+
+    Keywords `name=array` replace an array, `"header.key"=value` an entry of the header; None
+    leaves it out.
+    """
+
+    def change(path: Path, **changes: Any) -> Path:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+        header = json.loads(str(arrays["header"]))
+        for key, value in changes.items():
+            place, name = (header, key.removeprefix("header.")) if "." in key else (arrays, key)
+            place[name] = value
+            if value is None:
+                del place[name]
+        if "header" in arrays and "header" not in changes:
+            arrays["header"] = np.array(json.dumps(header))
+        copy = tmp_path / "tampered.npz"
+        np.savez(copy, **arrays)
+        return copy
+
+    return change

@@ -137,7 +137,7 @@ class ConcaveForm:
         rows, _, gains = self._gains.selected(inner, outer)
         costs = self._costs[rows]
         densities = (gains - offset) / costs
-        order = np.argsort(-densities, kind="stable")
+        order = np.argsort(-densities)
         rows, costs = rows[order], costs[order]
         residual = self._budget - self._spent(inner)
         taken = _affordable_prefix(costs, residual)

@@ -28,7 +28,8 @@ from lorambo_alloc.solvers.core_program import Outcome, solve_core
 from lorambo_alloc.solvers.exchange import best_exchange
 from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
 
-_NEAREST = 64  # deviations in the first, heuristic run, and the states it may hold
+_FEW = 256  # so many deviations are searched at once
+_NEAREST = 64  # of more, so many in a first, heuristic run, and the states it may hold
 _FIRST_STATES = 256
 _STATES = (4096, 1 << 16, 1 << 20)  # states held in the runs that prove
 _MAX_DEVIATIONS = 2_000_000  # above, the bound of the price stands alone
@@ -46,7 +47,7 @@ def solve_exact(problem: Problem, time_limit: float | None = None) -> Allocation
     deadline = None if time_limit is None else time.monotonic() + time_limit
     form = form_of(problem)
     search = Search(form, deadline)
-    while not search.closed and search.widen():
+    while not search.finished and search.widen():
         pass
     return search.allocation(form.name)
 
@@ -88,7 +89,6 @@ class Search:
 
     Attributes:
         ranks: the incumbent.
-        gap: a proved bound on the optimum minus the incumbent's value.
         closed: whether the incumbent is optimal, to rounding at least.
     """
 
@@ -98,21 +98,35 @@ class Search:
         self._deadline = deadline
         self._relaxed = form.relax()
         self._runs = iter(_STATES)
-        self.ranks = self._relaxed.feasible
-        self.gap = Fraction(0)
         self._cut: tuple[float, float] | None = None
+        self._gap: Fraction | None = None
+        self.ranks = self._relaxed.feasible
         self.closed = self._relaxed.price == 0
-        if not self.closed:
-            self._prove(None)
+        if self.closed:
+            self._gap = Fraction(0)
+
+    @property
+    def gap(self) -> Fraction:
+        """A proved bound on the optimum minus the incumbent's value."""
+        if self._gap is None:
+            self._gap = self._price_gap()
+        return self._gap
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to prove, not even below rounding."""
+        return self.closed and self.gap == 0
 
     def widen(self) -> bool:
         """Search the core once more with more states; False where that is the end of it."""
         states = next(self._runs, None)
         if states is None or self._late():
             return False
-        if states == _STATES[0]:
-            self._improve_nearby()
-        return self._prove(states)
+        setting = self._deviations(nearby=states == _STATES[0])
+        if setting is None:
+            return False
+        self._search(setting, states)
+        return True
 
     def allocation(self, method: str) -> Allocation:
         """The incumbent with its certificate, made out by the named method."""
@@ -129,6 +143,35 @@ class Search:
     def _late(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline
 
+    def _price_gap(self) -> Fraction:
+        """What the incumbent lacks to the bound of the price alone."""
+        setting = self._set_at(0.0)
+        if setting is not None:
+            return setting.loss + setting.core.low * setting.unit
+        # Each best response that `ranks` is not gains less than the reach over it.
+        price, ranks = self._relaxed.price, self._relaxed.ranks
+        items = self._form.within(price, ranks, 0.0)
+        hidden = Fraction(self._form.reach(items, price, ranks)) * self._form.size(items)
+        return self._loss(price, ranks) + hidden
+
+    def _deviations(self, *, nearby: bool) -> _Setting | None:
+        """The core of all deviations that a better solution may use; None: too many.
+
+        Args:
+            nearby: first improve the incumbent with the nearest deviations, if there are many.
+        """
+        if nearby:
+            items = self._form.within(*self._relaxed_at(), self._window())
+            if self._form.size(items) > _FEW:
+                self._improve_nearby()
+        window = self._window()
+        for _ in range(8):
+            setting = self._set_at(window)
+            if setting is None or setting.loss <= Fraction(window):
+                return setting
+            window = round_up(setting.loss) * (1 + 2.0**-20)
+        return None
+
     def _improve_nearby(self) -> None:
         """A short run over the deviations nearest to the price: a better incumbent, no proof."""
         price, window = self._relaxed.price, self._window()
@@ -139,40 +182,29 @@ class Search:
         if setting.searchable:
             self._accept(setting, self._run(setting, _FIRST_STATES))
 
-    def _prove(self, states: int | None) -> bool:
-        """Tighten the gap by a run over all deviations that matter; None: by the price alone.
+    def _set_at(self, window: float) -> _Setting | None:
+        """The core of all deviations of penalty below the window; None: too many.
 
-        Returns:
-            False if there are too many of them.
+        The price may have to give up bits to be exact in the core's fixed point.
         """
-        price, ranks = self._relaxed.price, self._relaxed.ranks
-        window = self._window() if states else 0.0
         for _ in range(8):
+            price, ranks = self._relaxed_at()
             items = self._form.within(price, ranks, window)
             if self._form.size(items) > _MAX_DEVIATIONS:
-                break
+                return None
             setting = self._set(items, price, window)
-            if not setting.price.holds(price):
-                price = setting.price.coarser()
-            elif states and setting.loss > Fraction(window):
-                window = round_up(setting.loss) * (1 + 2.0**-20)
-            else:
-                self._relaxed = Relaxed(price, ranks, self._relaxed.feasible)
-                if states is None:
-                    self.gap = setting.loss + setting.core.low * setting.unit
-                elif setting.searchable:
-                    self._search(setting, states)
-                return True
-        if states is None:
-            # Each best response that `ranks` is not gains less than the reach over it.
-            price = self._relaxed.price
-            items = self._form.within(price, ranks, 0.0)
-            hidden = Fraction(self._form.reach(items, price, ranks)) * self._form.size(items)
-            self.gap = self._loss(price, ranks) + hidden
-        return False
+            if setting.price.holds(price):
+                return setting
+            self._relaxed = Relaxed(setting.price.coarser(), ranks, self._relaxed.feasible)
+        return None
+
+    def _relaxed_at(self) -> tuple[float, IntArray]:
+        return self._relaxed.price, self._relaxed.ranks
 
     def _search(self, setting: _Setting, states: int) -> None:
         """Run the core program over a complete core; update incumbent, gap and `closed`."""
+        if not setting.searchable:
+            return
         before = self.ranks
         outcome = self._run(setting, states)
         self._accept(setting, outcome)
@@ -180,11 +212,28 @@ class Search:
             self._exchange(setting, outcome)
         # Exact losses against the same best responses; the program's may be low by `low`.
         loss = setting.loss - self._problem.value_difference(self.ranks, before)
-        proved = (outcome.bound - setting.core.low) * setting.unit
-        self.gap = min(self.gap, max(loss - proved, Fraction(0)))
-        self.closed = outcome.bound == outcome.loss or self.gap == 0
+        low = setting.core.low * setting.unit
+        gap = max(loss - outcome.bound * setting.unit + low, Fraction(0))
+        self._gap = gap if self._gap is None else min(self._gap, gap)
+        self.closed = outcome.bound == outcome.loss or self._gap == 0
         if not self.closed and states == _STATES[0]:
-            self._price_ranks(setting.price, loss + setting.core.low * setting.unit)
+            self._price_ranks(setting.price, loss + low)
+
+    def _window(self) -> float:
+        """No solution that loses more than this matters."""
+        loss = self._loss(*self._relaxed_at()) if self._gap is None else self._gap
+        return max(round_up(loss), 0.0) * (1 + 2.0**-20)
+
+    def _set(self, items: Any, price: float, window: float) -> _Setting:
+        """Fixed point and core for some deviations, with options up to the window."""
+        ranks = self._relaxed.ranks
+        reach = max(self._form.reach(items, price, ranks), window)
+        last_bit = self._form.last_bit(items)
+        fixed = Price.of(price, reach, last_bit)
+        limit = int(math.ldexp(window, -fixed.exponent)) + 1
+        core = self._form.core(items, fixed, ranks, limit)
+        step = 1 if core.low else 1 << max(last_bit - fixed.exponent, 0)
+        return _Setting(fixed, core, self._loss(fixed.value, core.ranks), step)
 
     def _exchange(self, setting: _Setting, outcome: Outcome) -> None:
         """Look for a better incumbent among exchanges of a few deviations."""
@@ -213,27 +262,13 @@ class Search:
         ahead = cut.bound - self._problem.value_of(self.ranks)
         gap = max(math.floor(ahead / step) * step, Fraction(0))
         if gap < self.gap:
-            self.gap = gap
+            self._gap = gap
             self._cut = cut.price / form.unit, cut.rank_price
         self.closed = self.gap == 0
 
     def _left(self, ranks: IntArray) -> int:
         """Reduced units of budget that a rank vector leaves over."""
         return (self._problem.spendable - self._problem.cost_of(ranks)) // self._form.unit
-
-    def _window(self) -> float:
-        return round_up(self.gap) * (1 + 2.0**-20)
-
-    def _set(self, items: Any, price: float, window: float) -> _Setting:
-        """Fixed point and core for some deviations, with options up to the window."""
-        ranks = self._relaxed.ranks
-        reach = max(self._form.reach(items, price, ranks), window)
-        last_bit = self._form.last_bit(items)
-        fixed = Price.of(price, reach, last_bit)
-        limit = int(math.ldexp(window, -fixed.exponent)) + 1
-        core = self._form.core(items, fixed, ranks, limit)
-        step = 1 if core.low else 1 << max(last_bit - fixed.exponent, 0)
-        return _Setting(fixed, core, self._loss(fixed.value, core.ranks), step)
 
     def _loss(self, price: float, best: IntArray) -> Fraction:
         """How far the incumbent falls short of the Lagrangian value of the best responses."""
@@ -275,4 +310,5 @@ class Search:
         gained = self._problem.value_difference(ranks, self.ranks)
         if gained > 0:
             self.ranks = ranks
-            self.gap -= gained
+            if self._gap is not None:
+                self._gap -= gained

@@ -1,4 +1,4 @@
-"""Exchanges of up to four deviations at once, by pairs of pairs.
+"""Exchanges of up to five deviations at once, by pairs of pairs.
 
 Where many deviations cost the price nothing (ties), a good answer is one that spends the budget
 to the last unit. Among all pairs of a few hundred deviations, two that together fill it can be
@@ -22,11 +22,11 @@ _PARTNERS = 4  # neighbours in the sorted list that are tried, as the nearest ma
 def best_exchange(
     classes: list[Class], residual: int, price: int, incumbent: int, target: int
 ) -> list[int] | None:
-    """Choices of up to four deviations that lose least, if that is less than the incumbent.
+    """Choices of up to five deviations that lose least, if that is less than the incumbent.
 
     A heuristic: it looks at the most promising deviations, and for each pair at the partners
     that leave least of the budget. Where more deviations are equally promising than it can look
-    at, it looks several times, at others.
+    at, it looks several times, at others, and with one more deviation made beforehand.
 
     Args:
         classes: deviations, most promising first.
@@ -37,26 +37,43 @@ def best_exchange(
     """
     rng = np.random.default_rng(0)
     best, found = incumbent, None
-    for _ in range(_ROUNDS):
-        deviations, all_equal_fit = _leading(classes, rng)
-        loss, choices = _best_pair_of_pairs(deviations, len(classes), residual, price, best)
+    for attempt in range(_ROUNDS):
+        deviations, complete = _leading(classes, rng)
+        first = int(rng.integers(1, len(deviations.moves))) if attempt else 0
+        choices = _best_pair_of_pairs(deviations, first, residual, price, best)
         if choices is not None:
-            best, found = loss, choices
-        if best <= target or all_equal_fit:
+            best, positions = choices
+            found = [0] * len(classes)
+            for position in positions:
+                if position:
+                    found[int(deviations.owners[position])] = int(deviations.options[position])
+        if best <= target or complete:
             break
     return found
 
 
 def _best_pair_of_pairs(
-    deviations: _Deviations, classes: int, residual: int, price: int, incumbent: int
-) -> tuple[int, list[int] | None]:
-    moves, penalties = deviations.moves, deviations.penalties
-    owners = deviations.owners
-    # Position 0 is no deviation; pairs (0, n) are single ones.
+    deviations: _Deviations, made: int, residual: int, price: int, incumbent: int
+) -> tuple[int, list[int]] | None:
+    """The least loss below the incumbent's, and the positions that attain it.
+
+    Args:
+        deviations: what to choose from; position 0 is no deviation.
+        made: the position of a deviation that is made in any case.
+        residual: as above, and so on.
+        price: as above.
+        incumbent: as above.
+    """
+    moves, penalties, owners = deviations.moves, deviations.penalties, deviations.owners
+    residual -= int(moves[made])
+    incumbent -= int(penalties[made])
+    # Pairs (0, n) are single ones.
     first, second = np.triu_indices(len(moves))
     pair_penalties = penalties[first] + penalties[second]
     keep = (owners[first] != owners[second]) & (pair_penalties < incumbent)
     keep |= (first == 0) & (second == 0)
+    if made:
+        keep &= (owners[first] != owners[made]) & (owners[second] != owners[made])
     first, second, pair_penalties = first[keep], second[keep], pair_penalties[keep]
     pair_moves = moves[first] + moves[second]
     order = np.argsort(pair_moves, kind="stable")
@@ -70,19 +87,15 @@ def _best_pair_of_pairs(
         other = partner[own]
         left = residual - pair_moves[own] - pair_moves[other]
         loss = pair_penalties[own] + pair_penalties[other]
-        loss += np.minimum(left, incumbent // price + 1) * price
+        loss += np.minimum(left, max(incumbent, 0) // price + 1) * price
         loss[_clash(owners, first, second, own, other)] = incumbent
         n = int(np.argmin(loss)) if len(loss) else 0
         if len(loss) and loss[n] < best:
             best, found = int(loss[n]), (int(own[n]), int(other[n]))
     if found is None:
-        return incumbent, None
-    choices = [0] * classes
-    for pair in found:
-        for position in (int(first[pair]), int(second[pair])):
-            if position:
-                choices[int(owners[position])] = int(deviations.options[position])
-    return best, choices
+        return None
+    positions = [made, *(int(side[pair]) for pair in found for side in (first, second))]
+    return best + int(penalties[made]), positions
 
 
 @dataclass(frozen=True)
