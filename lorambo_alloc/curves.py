@@ -232,26 +232,34 @@ def check_shapes(shapes: Mapping[str, Any], layers: FlatLayers) -> dict[str, tup
             is too small for the layer's spectrum.
     """
     check_names(shapes, layers.names, "shapes")
-    result: dict[str, tuple[int, int]] = {}
+    ordered = [shapes[name] for name in layers.names]
     lengths: list[int] = layers.lengths.tolist()
-    for name, length in zip(layers.names, lengths, strict=True):
-        shape = shapes[name]
+    result: dict[str, tuple[int, int]] = {}
+    for name, shape, length in zip(layers.names, ordered, lengths, strict=True):
         try:
             d, k = shape
-            whole = int(d) == d and int(k) == k and 1 <= d <= _MAX_SIDE and 1 <= k <= _MAX_SIDE
-        except (TypeError, ValueError, OverflowError):
-            d, k, whole = 0, 0, False
-        if not whole or isinstance(d, bool) or isinstance(k, bool):
-            raise ValueError(
-                f"shapes: layer {name!r}: expected (d, k), two whole numbers from 1 to 2^52, got {shape!r}"
-            )
-        if length > min(d, k):
+        except (TypeError, ValueError):
+            d, k = 0, 0
+        if not (type(d) is type(k) is int and 1 <= d <= _MAX_SIDE and 1 <= k <= _MAX_SIDE):
+            d, k = _side(d), _side(k)
+            if not d or not k:
+                raise ValueError(
+                    f"shapes: layer {name!r}: expected (d, k), two whole numbers from 1 to 2^52, "
+                    f"got {shape!r}"
+                )
+        if length > d or length > k:
             raise ValueError(
                 f"shapes: layer {name!r}: a {d} x {k} matrix has at most {min(d, k)} singular "
                 f"values, got {length}"
             )
-        result[name] = (int(d), int(k))
+        result[name] = (d, k)
     return result
+
+
+def _side(value: object) -> int:
+    """A side of a matrix as an int, or 0 if it is none."""
+    number = real_number(value)
+    return int(number) if number.is_integer() and 1 <= number <= _MAX_SIDE else 0
 
 
 def check_names(given: Mapping[str, Any], names: tuple[str, ...], what: str) -> None:

@@ -56,13 +56,18 @@ class Gains:
         gains = self._objective.gains(self.layers.row(i))
         return gains if self.weights is None else gains * self.weights[i]
 
-    def selected(self, lower: IntArray, upper: IntArray) -> tuple[IntArray, IntArray, FloatArray]:
-        """Layer, rank and gain of every rank in (lower[i], upper[i]], layer by layer."""
-        return self._selected(np.arange(len(lower), dtype=np.int64), lower, upper)
-
-    def _selected(
-        self, layers: IntArray, lower: IntArray, upper: IntArray
+    def selected(
+        self, lower: IntArray, upper: IntArray, layers: IntArray | None = None
     ) -> tuple[IntArray, IntArray, FloatArray]:
+        """Layer, rank and gain of every rank in (lower[n], upper[n]], layer by layer.
+
+        Args:
+            lower: one a layer.
+            upper: one a layer.
+            layers: which layers the limits are for; all in order by default.
+        """
+        if layers is None:
+            layers = np.arange(len(lower), dtype=np.int64)
         counts = np.maximum(upper - lower, 0)
         rows = np.repeat(layers, counts)
         firsts = np.repeat(lower + 1 - (np.cumsum(counts) - counts), counts)
@@ -85,7 +90,7 @@ class Gains:
                 gains = self._objective.gains(values.astype(np.float64, copy=False))
             else:
                 rows = np.arange(part.start, part.stop)
-                gains = self._selected(rows, 0 * upper[part], upper[part])[2]
+                gains = self.selected(0 * upper[part], upper[part], rows)[2]
             total += float(np.maximum(gains, 0.0).sum())
         return total
 

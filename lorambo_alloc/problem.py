@@ -220,17 +220,14 @@ class Problem:
 
     def value_difference(self, ranks: IntArray, other: IntArray) -> Fraction:
         """value_of(ranks) - value_of(other), exactly; quick where few layers differ."""
-        if self.gains is not None:
-            gained = self.gains.selected(other, np.maximum(ranks, other))[2]
-            given_up = self.gains.selected(ranks, np.maximum(ranks, other))[2]
-            return exact_sum(np.concatenate([gained, -given_up]))
-        assert self.totals is not None
         differ = np.flatnonzero(ranks != other)
-        starts = self.totals.offsets[:-1][differ]
-        flat = self.totals.flat
-        return exact_sum(
-            np.concatenate([flat[starts + ranks[differ]], -flat[starts + other[differ]]])
-        )
+        new, old = ranks[differ], other[differ]
+        if self.gains is not None:
+            rows, _, gains = self.gains.selected(np.minimum(new, old), np.maximum(new, old), differ)
+            return exact_sum(np.where((ranks > other)[rows], gains, -gains))
+        assert self.totals is not None
+        starts, flat = self.totals.offsets[:-1][differ], self.totals.flat
+        return exact_sum(np.concatenate([flat[starts + new], -flat[starts + old]]))
 
     def tails(self, ranks: IntArray) -> FloatArray:
         """Per layer the largest discarded w_i sigma_j, j = r_i + 1; 0 where none is left."""

@@ -60,7 +60,7 @@ class ConcaveForm:
         """
         costs = self._costs.astype(np.float64)
         # `outer` costs too much, at the lower price; `inner` fits, at the higher one.
-        outer = self._prefix(0.0 * costs + offset, self._lower, self._upper)
+        outer = self._above(offset)
         if self._spent(outer) <= self._budget:
             return Relaxed(0.0, outer, outer)
         inner = self._lower
@@ -85,6 +85,13 @@ class ConcaveForm:
                 else:
                     return self._fill_ties(price, above, ties)
         return self._fill_sorted(inner, outer, offset)
+
+    def _above(self, offset: float) -> IntArray:
+        """Per layer how many gains exceed the offset; mostly all of them."""
+        layers = np.arange(len(self._upper), dtype=np.int64)
+        if np.all(self._gains.at(layers, np.maximum(self._upper, 1)) > offset):
+            return self._upper
+        return self._prefix(np.full(len(layers), offset), self._lower, self._upper)
 
     def _prefix(self, thresholds: FloatArray, low: IntArray, high: IntArray) -> IntArray:
         """Per layer the number of gains above its threshold, known to be in [low, high]."""
@@ -189,18 +196,26 @@ class ConcaveForm:
         value = self.problem.value_of(ranks)
         return value + Fraction(relaxed.price) * left - Fraction(offset) * count + hidden
 
-    def nearest(self, price: float, ranks: IntArray, count: int, window: float) -> Increments:
-        """The increments on both sides of the break with the density nearest to the price."""
-        reach = count // max(len(ranks), 1) + 1
-        items = self._around(
-            np.maximum(ranks - reach, self._lower), np.minimum(ranks + reach, self._upper)
-        )
-        costs = self._costs[items.rows]
-        penalties = np.abs(items.gains - price * costs)
-        distance = np.where(penalties < window, penalties / costs, np.inf)
-        keep = np.argsort(distance, kind="stable")[:count]
-        keep = np.sort(keep[np.isfinite(distance[keep])])
-        return Increments(items.rows[keep], items.ranks[keep], items.gains[keep])
+    def nearest(
+        self, price: float, ranks: IntArray, count: int, window: float
+    ) -> tuple[Increments, float]:
+        """The next increments on both sides of the break, those of the smallest penalties."""
+        reach = count // max(len(ranks), 1) + 2
+        low = np.maximum(ranks - reach, self._lower)
+        high = np.minimum(ranks + reach, self._upper)
+        items = self._around(low, high)
+        level = price * self._costs[items.rows]
+        penalties = np.abs(items.gains - level) - level * 2.0**-50
+        # Beyond the last one looked at, a layer's penalties only grow.
+        ends = (items.ranks == low[items.rows] + 1) & (low > self._lower)[items.rows]
+        ends |= (items.ranks == high[items.rows]) & (high < self._upper)[items.rows]
+        beyond = float(np.min(penalties[ends], initial=math.inf))
+        kept = penalties < window
+        if np.count_nonzero(kept) > count:
+            cut = np.partition(penalties, count)[count]
+            kept = penalties < cut
+        beyond = float(np.min(penalties[~kept], initial=beyond))
+        return Increments(items.rows[kept], items.ranks[kept], items.gains[kept]), beyond
 
     def within(self, price: float, ranks: IntArray, window: float) -> Increments:
         """Increments that differ from price * cost by less than the window."""

@@ -94,8 +94,14 @@ class Form(Protocol):
         """Find the price and the break solution."""
         ...
 
-    def nearest(self, price: float, ranks: IntArray, count: int, window: float) -> Any:
-        """About `count` deviations of the smallest penalty per unit of cost; a heuristic."""
+    def nearest(
+        self, price: float, ranks: IntArray, count: int, window: float
+    ) -> tuple[Any, float]:
+        """About `count` deviations of the smallest penalties below the window.
+
+        Returns:
+            The deviations, and a lower bound on the penalty of every other one.
+        """
         ...
 
     def within(self, price: float, ranks: IntArray, window: float) -> Any:

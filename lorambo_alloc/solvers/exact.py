@@ -2,9 +2,12 @@
 
 1. Water-filling finds the price at which best responses cross the budget; the Lagrangian there is
    an upper bound, and the filled-up break solution a first incumbent.
-2. A short run of the core program over the nearest deviations improves the incumbent.
-3. Only deviations with a penalty below the incumbent's loss can be in a better solution. The core
-   program runs over all of them, holding more states each time, until nothing was dropped.
+2. A short run of the core program over the nearest deviations improves the incumbent. Often it
+   proves it too: any other deviation alone would lose more.
+3. If not: only deviations with a penalty below the incumbent's loss can be in a better solution.
+   The core program runs over all of them, holding more states each time, until nothing better
+   can have been dropped. Exchanges and a price on the number of ranks help where gains follow
+   the costs.
 4. If time or states run out, what was dropped is part of the bound: the gap stays proved.
 """
 
@@ -12,9 +15,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
 from lorambo_alloc.allocation import Allocation
 from lorambo_alloc.arithmetic import round_up
@@ -28,10 +32,9 @@ from lorambo_alloc.solvers.core_program import Outcome, solve_core
 from lorambo_alloc.solvers.exchange import best_exchange
 from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
 
-_FEW = 256  # so many deviations are searched at once
-_NEAREST = 64  # of more, so many in a first, heuristic run, and the states it may hold
-_FIRST_STATES = 256
-_STATES = (4096, 1 << 16, 1 << 20)  # states held in the runs that prove
+_NEAREST = 64  # deviations in the first run
+_STATES = (256, 4096, 1 << 16, 1 << 20)  # states held, run by run
+_LAST_RESORT = 4096  # after this run: exchanges, and a price on the number of ranks
 _MAX_DEVIATIONS = 2_000_000  # above, the bound of the price stands alone
 _LIMIT = 1 << 59  # units of loss; larger ones could overflow in sums
 
@@ -57,6 +60,9 @@ def form_of(problem: Problem) -> Form:
     return ConcaveForm(problem) if problem.concave_unit_steps else MultipleChoiceForm(problem)
 
 
+_Chooser: TypeAlias = Callable[[float, IntArray], tuple[Any, float]]
+
+
 @dataclass(frozen=True)
 class _Setting:
     """A core in its fixed point.
@@ -66,12 +72,14 @@ class _Setting:
         core: best responses and deviations.
         loss: what the incumbent lacks to the Lagrangian value of the best responses, exactly.
         step: all values that the core can reach differ by multiples of so many units.
+        beyond: no deviation outside the core has a smaller penalty.
     """
 
     price: Price
     core: Core
     loss: Fraction
     step: int
+    beyond: float
 
     @property
     def unit(self) -> Fraction:
@@ -122,11 +130,10 @@ class Search:
         states = next(self._runs, None)
         if states is None or self._late():
             return False
-        setting = self._deviations(nearby=states == _STATES[0])
-        if setting is None:
-            return False
-        self._search(setting, states)
-        return True
+        core = self._nearest() if states == _STATES[0] else self._deviations()
+        if core is not None:
+            self._search(core, states)
+        return core is not None
 
     def allocation(self, method: str) -> Allocation:
         """The incumbent with its certificate, made out by the named method."""
@@ -145,7 +152,7 @@ class Search:
 
     def _price_gap(self) -> Fraction:
         """What the incumbent lacks to the bound of the price alone."""
-        setting = self._set_at(0.0)
+        setting = self._set_within(0.0)
         if setting is not None:
             return setting.loss + setting.core.low * setting.unit
         # Each best response that `ranks` is not gains less than the reach over it.
@@ -154,86 +161,84 @@ class Search:
         hidden = Fraction(self._form.reach(items, price, ranks)) * self._form.size(items)
         return self._loss(price, ranks) + hidden
 
-    def _deviations(self, *, nearby: bool) -> _Setting | None:
-        """The core of all deviations that a better solution may use; None: too many.
+    def _nearest(self) -> _Setting | None:
+        """The core of the nearest deviations, and how little any other could lose."""
+        window = self._window()
+        return self._set_at(
+            lambda price, ranks: self._form.nearest(price, ranks, _NEAREST, window), window
+        )
 
-        Args:
-            nearby: first improve the incumbent with the nearest deviations, if there are many.
-        """
-        if nearby:
-            items = self._form.within(*self._relaxed_at(), self._window())
-            if self._form.size(items) > _FEW:
-                self._improve_nearby()
+    def _deviations(self) -> _Setting | None:
+        """The core of all deviations that a better solution may use; None: too many."""
         window = self._window()
         for _ in range(8):
-            setting = self._set_at(window)
+            setting = self._set_within(window)
             if setting is None or setting.loss <= Fraction(window):
                 return setting
             window = round_up(setting.loss) * (1 + 2.0**-20)
         return None
 
-    def _improve_nearby(self) -> None:
-        """A short run over the deviations nearest to the price: a better incumbent, no proof."""
-        price, window = self._relaxed.price, self._window()
-        items = self._form.nearest(price, self._relaxed.ranks, _NEAREST, window)
-        setting = self._set(items, price, window)
-        if not setting.price.holds(price):
-            setting = self._set(items, setting.price.coarser(), window)
-        if setting.searchable:
-            self._accept(setting, self._run(setting, _FIRST_STATES))
+    def _set_within(self, window: float) -> _Setting | None:
+        """The core of all deviations of penalty below the window; None: too many."""
+        return self._set_at(
+            lambda price, ranks: (self._form.within(price, ranks, window), math.inf), window
+        )
 
-    def _set_at(self, window: float) -> _Setting | None:
-        """The core of all deviations of penalty below the window; None: too many.
+    def _set_at(self, choose: _Chooser, window: float) -> _Setting | None:
+        """A core at a price that is exact in the core's fixed point; None: too many deviations.
 
-        The price may have to give up bits to be exact in the core's fixed point.
+        Args:
+            choose: the deviations at a price, and a lower bound on the penalty of all others.
+            window: options above it are left out.
         """
         for _ in range(8):
-            price, ranks = self._relaxed_at()
-            items = self._form.within(price, ranks, window)
+            price, ranks = self._relaxed.price, self._relaxed.ranks
+            items, beyond = choose(price, ranks)
             if self._form.size(items) > _MAX_DEVIATIONS:
                 return None
-            setting = self._set(items, price, window)
-            if setting.price.holds(price):
-                return setting
-            self._relaxed = Relaxed(setting.price.coarser(), ranks, self._relaxed.feasible)
+            reach = max(self._form.reach(items, price, ranks), window)
+            last_bit = self._form.last_bit(items)
+            fixed = Price.of(price, reach, last_bit)
+            if not fixed.holds(price):
+                self._relaxed = Relaxed(fixed.coarser(), ranks, self._relaxed.feasible)
+                continue
+            limit = int(math.ldexp(window, -fixed.exponent)) + 1
+            core = self._form.core(items, fixed, ranks, limit)
+            step = 1 if core.low else 1 << max(last_bit - fixed.exponent, 0)
+            return _Setting(fixed, core, self._loss(price, core.ranks), step, beyond)
         return None
 
-    def _relaxed_at(self) -> tuple[float, IntArray]:
-        return self._relaxed.price, self._relaxed.ranks
-
     def _search(self, setting: _Setting, states: int) -> None:
-        """Run the core program over a complete core; update incumbent, gap and `closed`."""
+        """Run the core program; update incumbent, gap and `closed`."""
         if not setting.searchable:
             return
         before = self.ranks
         outcome = self._run(setting, states)
-        self._accept(setting, outcome)
-        if outcome.bound < outcome.loss and states == _STATES[0]:
+        if outcome.choices is not None:
+            self.offer(self._form.apply(setting.core, outcome.choices))
+        last_resort = states == _LAST_RESORT
+        if outcome.bound < outcome.loss and last_resort:
             self._exchange(setting, outcome)
         # Exact losses against the same best responses; the program's may be low by `low`.
         loss = setting.loss - self._problem.value_difference(self.ranks, before)
         low = setting.core.low * setting.unit
-        gap = max(loss - outcome.bound * setting.unit + low, Fraction(0))
+        # A solution with a deviation outside the core loses at least what that one does.
+        bound = outcome.bound
+        if setting.beyond < math.inf:
+            bound = min(bound, math.floor(Fraction(setting.beyond) / setting.unit))
+        gap = max(loss - bound * setting.unit + low, Fraction(0))
         self._gap = gap if self._gap is None else min(self._gap, gap)
-        self.closed = outcome.bound == outcome.loss or self._gap == 0
-        if not self.closed and states == _STATES[0]:
+        self.closed = bound == outcome.loss or self._gap == 0
+        if not self.closed and last_resort:
             self._price_ranks(setting.price, loss + low)
 
     def _window(self) -> float:
         """No solution that loses more than this matters."""
-        loss = self._loss(*self._relaxed_at()) if self._gap is None else self._gap
+        if self._gap is None:
+            loss = self._loss(self._relaxed.price, self._relaxed.ranks)
+        else:
+            loss = self._gap
         return max(round_up(loss), 0.0) * (1 + 2.0**-20)
-
-    def _set(self, items: Any, price: float, window: float) -> _Setting:
-        """Fixed point and core for some deviations, with options up to the window."""
-        ranks = self._relaxed.ranks
-        reach = max(self._form.reach(items, price, ranks), window)
-        last_bit = self._form.last_bit(items)
-        fixed = Price.of(price, reach, last_bit)
-        limit = int(math.ldexp(window, -fixed.exponent)) + 1
-        core = self._form.core(items, fixed, ranks, limit)
-        step = 1 if core.low else 1 << max(last_bit - fixed.exponent, 0)
-        return _Setting(fixed, core, self._loss(fixed.value, core.ranks), step)
 
     def _exchange(self, setting: _Setting, outcome: Outcome) -> None:
         """Look for a better incumbent among exchanges of a few deviations."""
@@ -297,11 +302,6 @@ class Search:
         outcome.loss += base
         outcome.bound += base
         return outcome
-
-    def _accept(self, setting: _Setting, outcome: Outcome) -> None:
-        """Offer the program's solution, if it found one."""
-        if outcome.choices is not None:
-            self.offer(self._form.apply(setting.core, outcome.choices))
 
     def offer(self, ranks: IntArray) -> None:
         """Take a rank vector as the incumbent if it is feasible and better, exactly."""

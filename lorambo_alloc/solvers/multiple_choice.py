@@ -5,6 +5,7 @@ Best responses to a price come from one scan of all options; concavity is not as
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,16 +136,18 @@ class MultipleChoiceForm:
         scores = self._table.values - price * self._costs
         return scores[chosen][self._variables] - scores
 
-    def nearest(self, price: float, ranks: IntArray, count: int, window: float) -> Positions:
-        """The options of the least penalty per unit of cost moved, and the chosen ones."""
+    def nearest(
+        self, price: float, ranks: IntArray, count: int, window: float
+    ) -> tuple[Positions, float]:
+        """The options of the smallest penalties, and the chosen ones."""
         chosen = self._chosen(ranks)
-        penalties = self._penalties(price, chosen)
-        moved = np.abs(self._costs - self._costs[chosen][self._variables])
-        slopes = np.where(penalties < window, penalties / np.maximum(moved, 1), np.inf)
-        slopes[chosen] = -np.inf
-        keep = np.argpartition(slopes, min(len(chosen) + count, len(slopes)) - 1)
-        keep = np.sort(keep[: len(chosen) + count])
-        return self._alternatives(keep[slopes[keep] < np.inf])
+        penalties = self._penalties(price, chosen) - self._margins(price)
+        kept = penalties < window
+        if np.count_nonzero(kept) > count + len(chosen):
+            kept = penalties < np.partition(penalties, count + len(chosen))[count + len(chosen)]
+        beyond = float(np.min(penalties[~kept], initial=math.inf))
+        kept[chosen] = True
+        return self._alternatives(np.flatnonzero(kept)), beyond
 
     def within(self, price: float, ranks: IntArray, window: float) -> Positions:
         """Options that score within the window of the chosen one, and the chosen ones."""
