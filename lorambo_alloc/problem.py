@@ -120,6 +120,7 @@ class Problem:
             if fixed_costs is None
             else whole_numbers(fixed_costs, self.names, "fixed_costs", 0)
         )
+        self._any_fixed = bool(self.fixed_costs.any())
         self.weights: FloatArray | None = (
             None
             if weights is None
@@ -163,7 +164,7 @@ class Problem:
             and self.multiple_of == 1
             and not self._allowed
             and not self.groups
-            and not np.any(self.fixed_costs)
+            and not self._any_fixed
         )
 
     def allowed_ranks(self, i: int) -> IntArray:
@@ -200,9 +201,10 @@ class Problem:
 
     def cost_of(self, ranks: IntArray) -> int:
         """The cost of a rank vector, exactly."""
-        return exact_dot(self.costs, ranks) + exact_dot(
-            self.fixed_costs, (ranks > 0).astype(np.int64)
-        )
+        total = exact_dot(self.costs, ranks)
+        if self._any_fixed:
+            total += exact_dot(self.fixed_costs, (ranks > 0).astype(np.int64))
+        return total
 
     def value_of(self, ranks: IntArray) -> Fraction:
         """sum_i F_i(r_i), exactly; for `operator`, minus the largest discarded value.

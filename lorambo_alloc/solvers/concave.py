@@ -21,6 +21,7 @@ from lorambo_alloc.problem import Problem
 from lorambo_alloc.solvers.core import Core, Price, Relaxed
 from lorambo_alloc.solvers.core_program import Class, promising_first
 
+_FILL = 512  # increments after the break that may fill up what it leaves over
 _SORT_AT_MOST = 8192  # increments that are sorted outright once a price bracket holds no more
 
 
@@ -140,25 +141,23 @@ class ConcaveForm:
         return Relaxed(price, ranks, ranks)
 
     def _fill_sorted(self, inner: IntArray, outer: IntArray, offset: float) -> Relaxed:
-        """Take increments in (inner, outer] by density; then whatever still fits."""
+        """Take increments in (inner, outer] by density; then whatever of the next ones fits."""
         rows, _, gains = self._gains.selected(inner, outer)
         costs = self._costs[rows]
         densities = (gains - offset) / costs
         order = np.argsort(-densities)
-        rows, costs = rows[order], costs[order]
         residual = self._budget - self._spent(inner)
-        taken = _affordable_prefix(costs, residual)
-        ranks = inner + np.bincount(rows[:taken], minlength=len(inner))
+        taken = _affordable_prefix(costs[order], residual)
         price = float(densities[order[taken]])
+        residual -= int(costs[order[:taken]].sum())
+        ranks = inner + np.bincount(rows[order[:taken]], minlength=len(inner))
         feasible = ranks.copy()
-        residual -= exact_dot(costs[:taken], np.ones(taken, dtype=np.int64))
-        rows, costs = rows[taken:], costs[taken:]
-        while len(rows := rows[fits := costs <= residual]):
-            costs = costs[fits]
-            taken = _affordable_prefix(costs, residual)
-            feasible += np.bincount(rows[:taken], minlength=len(inner))
-            residual -= exact_dot(costs[:taken], np.ones(taken, dtype=np.int64))
-            rows, costs = rows[taken:], costs[taken:]
+        rest = order[taken : taken + _FILL]
+        while len(rest := rest[costs[rest] <= residual]):
+            taken = _affordable_prefix(costs[rest], residual)
+            feasible += np.bincount(rows[rest[:taken]], minlength=len(inner))
+            residual -= int(costs[rest[:taken]].sum())
+            rest = rest[taken:]
         return Relaxed(price, ranks, feasible)
 
     def free_ranks(self) -> tuple[IntArray, IntArray, int]:
@@ -265,11 +264,10 @@ class ConcaveForm:
         distance = np.where(taken, -items.ranks, items.ranks)
         order = np.lexsort((distance, penalties, taken, costs))
         keys = costs[order] * 2 + taken[order]
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
+        ends = np.flatnonzero(keys[1:] != keys[:-1]) + 1
+        groups = np.split(order, ends) if len(order) else []
         classes: dict[int, list[tuple[bool, IntArray, IntArray]]] = {}
-        stops = np.flatnonzero(np.diff(keys, append=-1)) + 1
-        for start, stop in zip(starts, stops, strict=True):
-            members = order[start:stop]
+        for members in groups:
             sums = _sums_up_to(penalties[members], limit)
             classes.setdefault(int(costs[members[0]]), []).append(
                 (bool(taken[members[0]]), items.rows[members[: len(sums)]], sums)
@@ -307,17 +305,18 @@ def _merge(
 
 def _sums_up_to(penalties: IntArray, limit: int) -> IntArray:
     """Running sums of ascending penalties, as far as they do not exceed the limit."""
-    # In doubles first: a long sum could leave 64 bits.
-    count = int(np.searchsorted(np.cumsum(penalties, dtype=np.float64), 2.0 * limit + 1))
-    sums = np.cumsum(penalties[:count])
-    return sums[: int(np.searchsorted(sums, limit, side="right"))]
+    count = int(penalties.searchsorted(limit, side="right"))
+    if count * limit >= 1 << 62:
+        # A long sum could leave 64 bits; doubles tell where it goes far beyond the limit.
+        count = int(penalties[:count].cumsum(dtype=np.float64).searchsorted(2.0 * limit + 1))
+    sums = penalties[:count].cumsum()
+    return sums[: int(sums.searchsorted(limit, side="right"))]
 
 
 def _affordable_prefix(costs: IntArray, budget: int) -> int:
     """How many leading costs fit into the budget together."""
-    spent = np.cumsum(costs, dtype=np.float64)
-    if len(spent) and spent[-1] < math.ldexp(1.0, 53):
-        return int(np.searchsorted(spent, budget, side="right"))
+    if len(costs) * int(costs.max(initial=0)) < 1 << 62:
+        return int(costs.cumsum().searchsorted(budget, side="right"))
     total = 0
     for n, cost in enumerate(costs.tolist()):
         total += cost

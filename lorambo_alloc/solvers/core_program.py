@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -41,12 +42,13 @@ class Class:
     moves: IntArray
     penalties: IntArray
 
+    @cached_property
     def slopes(self) -> tuple[int, int]:
         """Least penalty per unit of cost spent, and per unit of cost freed (rounded down)."""
-        up, down = self.moves > 0, self.moves < 0
-        spend = np.min(self.penalties[up] // self.moves[up]) if up.any() else _PENALTY_LIMIT
-        free = np.min(self.penalties[down] // -self.moves[down]) if down.any() else _PENALTY_LIMIT
-        return int(spend), int(free)
+        slopes = self.penalties // np.abs(self.moves)
+        spending = self.moves > 0
+        spend = slopes[spending].min(initial=_PENALTY_LIMIT)
+        return int(spend), int(slopes[~spending].min(initial=_PENALTY_LIMIT))
 
 
 def promising_first(classes: list[Class]) -> list[int]:
@@ -55,7 +57,7 @@ def promising_first(classes: list[Class]) -> list[int]:
     Where many slopes are equal, keeping the sum of moves near 0 lets a limited number of states
     reach the residual budget in many ways (Pisinger's balanced programs).
     """
-    slopes = [group.slopes() for group in classes]
+    slopes = [group.slopes for group in classes]
     order = sorted(range(len(classes)), key=lambda n: min(slopes[n]))
     result: list[int] = []
     running = 0
@@ -204,7 +206,7 @@ def _suffix_slopes(classes: list[Class], price: int) -> tuple[list[int], list[in
     """Per depth, the least slope of spending and of freeing among the classes still to come."""
     spend, free = [price], [_PENALTY_LIMIT]
     for group in reversed(classes):
-        up, down = group.slopes()
+        up, down = group.slopes
         spend.append(min(spend[-1], up))
         free.append(min(free[-1], down))
     return spend[::-1], free[::-1]

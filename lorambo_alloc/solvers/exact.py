@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, TypeAlias
 
 from lorambo_alloc.allocation import Allocation
@@ -70,6 +71,7 @@ class _Setting:
     Attributes:
         price: the price and the exponent of the unit.
         core: best responses and deviations.
+        left: reduced units of budget that the best responses leave over (may be negative).
         loss: what the incumbent lacks to the Lagrangian value of the best responses, exactly.
         step: all values that the core can reach differ by multiples of so many units.
         beyond: no deviation outside the core has a smaller penalty.
@@ -77,14 +79,16 @@ class _Setting:
 
     price: Price
     core: Core
+    left: int
     loss: Fraction
     step: int
     beyond: float
 
-    @property
+    @cached_property
     def unit(self) -> Fraction:
         """The unit of the fixed point, in units of gain."""
-        return Fraction(2) ** self.price.exponent
+        exponent = self.price.exponent
+        return Fraction(1 << exponent) if exponent >= 0 else Fraction(1, 1 << -exponent)
 
     @property
     def searchable(self) -> bool:
@@ -108,6 +112,7 @@ class Search:
         self._runs = iter(_STATES)
         self._cut: tuple[float, float] | None = None
         self._gap: Fraction | None = None
+        self._known_loss: tuple[float, IntArray, Fraction] | None = None
         self.ranks = self._relaxed.feasible
         self.closed = self._relaxed.price == 0
         if self.closed:
@@ -205,22 +210,22 @@ class Search:
             limit = int(math.ldexp(window, -fixed.exponent)) + 1
             core = self._form.core(items, fixed, ranks, limit)
             step = 1 if core.low else 1 << max(last_bit - fixed.exponent, 0)
-            return _Setting(fixed, core, self._loss(price, core.ranks), step, beyond)
+            left, loss = self._left(core.ranks), self._loss(price, core.ranks)
+            return _Setting(fixed, core, left, loss, step, beyond)
         return None
 
     def _search(self, setting: _Setting, states: int) -> None:
         """Run the core program; update incumbent, gap and `closed`."""
         if not setting.searchable:
             return
-        before = self.ranks
         outcome = self._run(setting, states)
+        # Exact losses against the same best responses; the program's may be low by `low`.
+        loss = setting.loss
         if outcome.choices is not None:
-            self.offer(self._form.apply(setting.core, outcome.choices))
+            loss -= self.offer(self._form.apply(setting.core, outcome.choices))
         last_resort = states == _LAST_RESORT
         if outcome.bound < outcome.loss and last_resort:
-            self._exchange(setting, outcome)
-        # Exact losses against the same best responses; the program's may be low by `low`.
-        loss = setting.loss - self._problem.value_difference(self.ranks, before)
+            loss -= self._exchange(setting, outcome)
         low = setting.core.low * setting.unit
         # A solution with a deviation outside the core loses at least what that one does.
         bound = outcome.bound
@@ -240,14 +245,13 @@ class Search:
             loss = self._gap
         return max(round_up(loss), 0.0) * (1 + 2.0**-20)
 
-    def _exchange(self, setting: _Setting, outcome: Outcome) -> None:
-        """Look for a better incumbent among exchanges of a few deviations."""
-        left = self._left(setting.core.ranks)
-        choices = best_exchange(
-            setting.core.classes, left, setting.price.units, outcome.loss, outcome.bound
-        )
-        if choices is not None:
-            self.offer(self._form.apply(setting.core, choices))
+    def _exchange(self, setting: _Setting, outcome: Outcome) -> Fraction:
+        """Look for a better incumbent among exchanges of a few deviations; what it gained."""
+        core, price = setting.core, setting.price.units
+        choices = best_exchange(core.classes, setting.left, price, outcome.loss, outcome.bound)
+        if choices is None:
+            return Fraction(0)
+        return self.offer(self._form.apply(setting.core, choices))
 
     def _price_ranks(self, price: Price, loss: Fraction) -> None:
         """Tighten the gap by a price on the number of ranks, where that number is limited.
@@ -277,24 +281,28 @@ class Search:
 
     def _loss(self, price: float, best: IntArray) -> Fraction:
         """How far the incumbent falls short of the Lagrangian value of the best responses."""
-        short = self._problem.value_difference(best, self.ranks)
-        return short + Fraction(price) * self._left(best)
+        known = self._known_loss
+        if known is None or known[0] != price or known[1] is not best:
+            short = self._problem.value_difference(best, self.ranks)
+            known = self._known_loss = price, best, short + Fraction(price) * self._left(best)
+        return known[2]
 
     def _run(self, setting: _Setting, states: int) -> Outcome:
         """The core program against the incumbent's loss, which is rounded up to whole units."""
         core, price = setting.core, setting.price.units
         incumbent = math.ceil(setting.loss / setting.unit)
-        left = self._left(core.ranks)
         # Every solution moves the cost by a multiple of the moves' common divisor; the budget
         # that is left over at least is lost to all of them.
         divisor = math.gcd(*(move for group in core.classes for move in group.moves.tolist()))
-        lost = left % divisor if divisor else left
+        lost = setting.left % divisor if divisor else setting.left
         base = price * lost
         # What is better than the incumbent is better by a whole step at least.
         target = incumbent - base - setting.step + 1
         if target <= 0:
             return Outcome(incumbent, None, incumbent, 0)
-        outcome = solve_core(core.classes, left - lost, price, target, states, self._deadline)
+        outcome = solve_core(
+            core.classes, setting.left - lost, price, target, states, self._deadline
+        )
         if outcome.choices is None:
             outcome.loss = incumbent - base
         if outcome.bound == target:
@@ -303,12 +311,15 @@ class Search:
         outcome.bound += base
         return outcome
 
-    def offer(self, ranks: IntArray) -> None:
-        """Take a rank vector as the incumbent if it is feasible and better, exactly."""
+    def offer(self, ranks: IntArray) -> Fraction:
+        """Take a rank vector as the incumbent if it is feasible and better; what it gained."""
         if self._problem.cost_of(ranks) > self._problem.spendable:
-            return
+            return Fraction(0)
         gained = self._problem.value_difference(ranks, self.ranks)
-        if gained > 0:
-            self.ranks = ranks
-            if self._gap is not None:
-                self._gap -= gained
+        if gained <= 0:
+            return Fraction(0)
+        self.ranks = ranks
+        self._known_loss = None
+        if self._gap is not None:
+            self._gap -= gained
+        return gained

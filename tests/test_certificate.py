@@ -1,0 +1,310 @@
+"""The certificate: rounded outwards, verified from the problem alone, and not to be tampered with."""
+
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorambo_alloc import Certificate, CertificateError, GainCurves, Problem, allocate, solve
+from lorambo_alloc.arithmetic import round_down, round_up
+from lorambo_alloc.certificate import MEANING
+from lorambo_alloc.testing import Instance, brute_force, brute_force_bottleneck
+from tests.checks import all_feasible
+from tests.strategies import examples, instances
+
+THIRD = Fraction(1, 3)
+
+
+def optimal_claim(problem: Problem, ranks: Any, price: float) -> Certificate:
+    """A certificate that says these ranks are optimal, consistent in itself."""
+    value = problem.value_of(ranks)
+    return Certificate("optimal_exact", round_down(value), round_up(value), 0.0, price, "claim")
+
+
+class TestOf:
+    def test_no_gap_is_optimal(self):
+        certificate = Certificate.of(THIRD, Fraction(0), 0.5, "name", closed=True)
+        assert certificate.status == "optimal_exact"
+        assert Fraction(certificate.value) < THIRD < Fraction(certificate.upper_bound)
+        assert certificate.upper_bound == math.nextafter(certificate.value, 1.0)
+        assert (certificate.gap, certificate.relative_gap) == (0.0, 0.0)
+        assert (certificate.price, certificate.method, certificate.cut) == (0.5, "name", None)
+
+    @given(st.fractions(), st.fractions(min_value=0), st.booleans())
+    def test_figures_are_rounded_outwards(self, value, gap, closed):
+        certificate = Certificate.of(value, gap, 1.0, "", closed=closed)
+        assert Fraction(certificate.value) <= value
+        assert Fraction(certificate.upper_bound) >= value + gap
+        assert Fraction(certificate.gap) >= gap
+        assert value + Fraction(certificate.gap) >= Fraction(certificate.upper_bound) or gap == 0
+        assert (certificate.status == "optimal_exact") == (gap == 0) == (certificate.gap == 0)
+
+    @pytest.mark.parametrize("value", [1.0, -3.0, 1e200])
+    def test_a_closed_gap_is_rounding_only_if_it_is_tiny(self, value):
+        share = Fraction(1, 2**40)
+        edge = abs(Fraction(value)) * share
+        for gap, closed, status in (
+            (edge, True, "optimal_within_rounding"),
+            (edge / 1000, True, "optimal_within_rounding"),
+            (edge * Fraction(1001, 1000), True, "gap_certified"),
+            (edge / 1000, False, "gap_certified"),
+        ):
+            certificate = Certificate.of(Fraction(value), gap, 1.0, "", closed=closed)
+            assert certificate.status == status
+
+    def test_relative_gap(self):
+        certificate = Certificate("gap_certified", -4.0, -3.0, 1.0, 0.0, "")
+        assert certificate.relative_gap == 0.25
+        assert dataclasses.replace(certificate, value=0.0).relative_gap == math.inf
+        assert dataclasses.replace(certificate, value=0.0, gap=0.0).relative_gap == 0.0
+
+    def test_every_status_has_a_meaning(self):
+        assert set(MEANING) == {"optimal_exact", "optimal_within_rounding", "gap_certified"}
+
+
+@given(instances(layers=3, ranks=4), st.floats(0.0, 3.0))
+@settings(max_examples=examples(1))
+def test_only_the_best_ranks_pass_as_optimal(instance: Instance, factor: float):
+    """An inferior answer with a consistent certificate is refused, whatever its price says."""
+    problem = instance.problem()
+    optimum = brute_force(problem)[0]
+    price = solve(problem).certificate.price * factor
+    for ranks in all_feasible(problem):
+        claim = optimal_claim(problem, ranks, price)
+        if problem.value_of(ranks) == optimum:
+            assert claim.verify(problem, ranks).proof in ("price", "search")
+        else:
+            with pytest.raises(CertificateError, match="above the claimed bound"):
+                claim.verify(problem, ranks)
+
+
+@given(instances(layers=3, ranks=4), st.floats(0.0, 3.0), st.floats(-0.1, 0.1), st.data())
+@settings(max_examples=examples(1))
+def test_a_bound_passes_only_if_it_holds(instance: Instance, factor, shift, data):
+    problem = instance.problem()
+    optimum = brute_force(problem)[0]
+    price = solve(problem).certificate.price * factor
+    feasible = list(all_feasible(problem))
+    ranks = feasible[data.draw(st.integers(0, len(feasible) - 1))]
+    value = problem.value_of(ranks)
+    # On both sides of the optimum, one ulp away at the nearest.
+    bound = max(round_up(value), round_up(optimum * (1 + Fraction(shift) ** 9)))
+    gap = round_up(Fraction(bound) - value)
+    claim = Certificate("gap_certified", round_down(value), bound, gap, price, "claim")
+    if Fraction(bound) >= optimum:
+        verification = claim.verify(problem, ranks)
+        assert verification.value == value
+        assert verification.price_bound >= optimum
+        if Fraction(bound) >= verification.price_bound:
+            assert verification.proof == "price"
+        else:
+            assert verification.proof == "search"
+    else:
+        with pytest.raises(CertificateError, match="above the claimed bound"):
+            claim.verify(problem, ranks)
+
+
+@given(instances(objective="operator", layers=3, ranks=4))
+@settings(max_examples=examples(0.5))
+def test_only_the_best_bottleneck_passes(instance: Instance):
+    problem = instance.problem()
+    best = brute_force_bottleneck(problem)[0][0]
+    for ranks in all_feasible(problem):
+        claim = optimal_claim(problem, ranks, 0.0)
+        if -problem.value_of(ranks) == best:
+            assert claim.verify(problem, ranks).value == -Fraction(best)
+        else:
+            with pytest.raises(CertificateError, match="discard nothing as large as"):
+                claim.verify(problem, ranks)
+
+
+@given(instances(), st.data())
+@settings(max_examples=examples(1))
+def test_tampering_is_refused(instance: Instance, data):
+    problem = instance.problem()
+    allocation = solve(problem, data.draw(st.sampled_from(["auto", "water_filling"])))
+    certificate = allocation.certificate
+    value = problem.value_of(allocation.ranks)
+
+    def refused(**change: Any) -> None:
+        with pytest.raises(CertificateError):
+            dataclasses.replace(certificate, **change).verify(problem, allocation.ranks)
+
+    refused(value=math.nextafter(certificate.value, math.inf))
+    refused(value=math.nextafter(certificate.value, -math.inf))
+    refused(upper_bound=math.nextafter(round_down(value), -math.inf))
+    if certificate.status == "optimal_exact":
+        refused(upper_bound=math.nextafter(certificate.upper_bound, math.inf))
+        refused(upper_bound=math.nextafter(certificate.upper_bound, -math.inf))
+        refused(gap=5e-324)
+        refused(gap=-5e-324)
+    else:
+        refused(gap=math.nextafter(certificate.gap, -math.inf))
+        refused(gap=0.0)
+        refused(upper_bound=math.inf)
+        refused(status="optimal_exact")
+    refused(upper_bound=math.nan)
+    refused(gap=math.nan)
+    refused(value=math.nan)
+    for price in (-5e-324, -1.0, math.nan, math.inf, -math.inf):
+        refused(price=price)
+    refused(status="optimal")
+    # A rank moved within the limits: unless its gain is 0, the value is another.
+    other = data.draw(st.sampled_from(list(all_feasible(problem))))
+    if round_down(problem.value_of(other)) != certificate.value:
+        with pytest.raises(CertificateError, match="the ranks have value"):
+            certificate.verify(problem, other)
+
+
+class TestRanks:
+    """Ranks that break a limit, a tie or the budget, or are no ranks at all."""
+
+    SPECTRA = {"a": [3.0, 2.0, 1.0], "b": [2.5, 0.5]}
+
+    @pytest.mark.parametrize(
+        ("ranks", "limits", "expected"),
+        [
+            ([3, 2], {}, "the ranks cost 5, more than the budget 4"),
+            ([4, 0], {}, "layer 'a': rank 4 is not allowed"),
+            ([-1, 0], {}, "layer 'a': rank -1 is not allowed"),
+            ([2, 1], {"multiple_of": 2}, "layer 'b': rank 1 is not allowed"),
+            ([2, 1], {"tied": [["a", "b"]]}, "tied layers 'a', ... differ"),
+            ([2], {}, "expected 2 whole numbers"),
+            ([1.0, 1.0], {}, "expected 2 whole numbers"),
+        ],
+    )
+    @pytest.mark.parametrize("objective", ["frobenius", "operator"])
+    def test_refused(self, ranks, limits, expected, objective):
+        problem = Problem(self.SPECTRA, 4, objective=objective, **limits)
+        certificate = solve(problem).certificate
+        with pytest.raises(CertificateError, match=expected):
+            certificate.verify(problem, np.array(ranks))
+
+    def test_a_list_of_ranks_will_do(self):
+        allocation = allocate(self.SPECTRA, 4)
+        ranks = allocation.ranks.tolist()
+        certificate = allocation.certificate
+        assert certificate.verify(allocation.problem, ranks).value == certificate.value  # pyright: ignore[reportArgumentType]
+
+    def test_a_rank_moved(self):
+        allocation = allocate(self.SPECTRA, 4, costs=[1, 2])
+        for ranks in ([3, 0], [1, 1], [2, 0], [0, 1]):
+            with pytest.raises(CertificateError, match="the ranks have value"):
+                allocation.certificate.verify(allocation.problem, np.array(ranks))
+
+    def test_another_problem(self):
+        allocation = allocate(self.SPECTRA, 4, costs=[1, 2])
+        richer = Problem(self.SPECTRA, 5, costs=[1, 2])
+        with pytest.raises(CertificateError, match="above the claimed bound"):
+            allocation.certificate.verify(richer, allocation.ranks)
+
+
+# Gains that follow the costs: the price's bound is not the optimum, so that a search decides.
+GAPPED = GainCurves({"a": [0.0, 6.0], "b": [0.0, 5.0], "c": [0.0, 5.5]})
+GAPPED_KEYWORDS = {"costs": [6, 5, 5], "multiple_of": 1}
+
+
+class TestProof:
+    def test_the_price_alone(self):
+        allocation = allocate({"a": [2.0], "b": [1.0]}, 1)
+        verification = allocation.certificate.verify(allocation.problem, allocation.ranks)
+        assert (verification.proof, verification.value) == ("price", 4)
+        assert verification.price_bound == 4
+
+    def test_a_search(self):
+        problem = Problem(GAPPED, 9, **GAPPED_KEYWORDS)
+        claim = optimal_claim(problem, np.array([1, 0, 0]), 1.0)
+        verification = claim.verify(problem, np.array([1, 0, 0]))
+        assert (verification.proof, verification.price_bound) == ("search", 9.5)
+        with pytest.raises(CertificateError, match="above the claimed bound 5.5"):
+            optimal_claim(problem, np.array([0, 0, 1]), 1.0).verify(problem, np.array([0, 0, 1]))
+
+    def test_a_search_that_is_cut_short_says_so(self):
+        problem = Problem(GAPPED, 9, **GAPPED_KEYWORDS)
+        claim = optimal_claim(problem, np.array([1, 0, 0]), 1.0)
+        assert claim.verify(problem, np.array([1, 0, 0]), effort=0).proof == "unfinished"
+
+    def test_a_gap_relabelled_is_refused(self):
+        problem = Problem(GAPPED, 9, **GAPPED_KEYWORDS)
+        ranks = np.array([0, 0, 1])
+        honest = Certificate("gap_certified", 5.5, 9.5, 4.0, 1.0, "by hand")
+        assert honest.verify(problem, ranks).proof == "price"
+        relabelled = dataclasses.replace(honest, status="optimal_within_rounding")
+        with pytest.raises(CertificateError, match="a gap of 4.0 is more than rounding"):
+            relabelled.verify(problem, ranks)
+        with pytest.raises(CertificateError, match="needs the bound 5.5 and gap 0"):
+            dataclasses.replace(honest, status="optimal_exact").verify(problem, ranks)
+
+    def test_how_much_is_rounding(self):
+        problem = Problem({"a": [1.0], "b": [0.5]}, 1)
+        ranks = np.array([1, 0])
+        for gap, fine in ((2.0**-41, True), (2.0**-39, True), (2.0**-38, False)):
+            claim = Certificate("optimal_within_rounding", 1.0, 1.0 + gap, gap, 1.0, "")
+            if fine:
+                assert claim.verify(problem, ranks).proof == "price"
+            else:
+                with pytest.raises(CertificateError, match="more than rounding"):
+                    claim.verify(problem, ranks)
+
+    def test_a_price_of_0_where_the_budget_does_not_bind(self):
+        allocation = allocate({"a": [2.0, 1.0]}, 2)
+        certificate = dataclasses.replace(allocation.certificate, price=0.0)
+        assert certificate.verify(allocation.problem, allocation.ranks).proof == "price"
+
+    def test_the_bound_counts_budget_that_nothing_is_left_to_spend_on(self):
+        allocation = allocate({"a": [2.0]}, 10)
+        wasteful = dataclasses.replace(allocation.certificate, price=1.0)
+        verification = wasteful.verify(allocation.problem, allocation.ranks)
+        assert verification.price_bound == 4 - 1 + 10
+        assert verification.proof == "search"
+
+
+class TestCut:
+    def certificate(self) -> tuple[Problem, Any, Certificate]:
+        """Every rank gains its cost plus 3: priced at 1 per unit and 3 per rank, all are equal."""
+        costs = [7, 11, 13, 17, 19, 23]
+        curves = GainCurves.from_increments({f"{c}": [c + 3.0] * 6 for c in costs})
+        problem = Problem(curves, 210, costs=costs)
+        optimum, ranks = brute_force(problem)
+        price = 1.0 + 3 / 13
+        certificate = Certificate.of(optimum, Fraction(0), price, "", closed=True)
+        return problem, ranks, certificate
+
+    def test_two_prices_prove_what_one_does_not(self):
+        problem, ranks, certificate = self.certificate()
+        plain = certificate.verify(problem, ranks)
+        assert plain.proof in ("search", "unfinished")
+        two = dataclasses.replace(certificate, cut=(1.0, 3.0)).verify(problem, ranks, effort=0)
+        assert two.proof == "two prices"
+
+    def test_prices_that_prove_nothing_are_no_harm(self):
+        problem, ranks, certificate = self.certificate()
+        for cut in ((1.0, 0.0), (0.0, 0.0), (2.0, 3.0), (1.0, -3.0)):
+            weak = dataclasses.replace(certificate, cut=cut)
+            assert weak.verify(problem, ranks).proof in ("search", "unfinished")
+
+    @pytest.mark.parametrize("cut", [(-1.0, 3.0), (math.nan, 3.0), (1.0, math.nan), (1.0, math.inf)])
+    def test_prices_that_are_none_are_refused(self, cut):
+        problem, ranks, certificate = self.certificate()
+        with pytest.raises(CertificateError, match="expected finite prices"):
+            dataclasses.replace(certificate, cut=cut).verify(problem, ranks)
+
+    def test_a_cut_does_not_help_an_inferior_answer(self):
+        problem, ranks, certificate = self.certificate()
+        optimum = problem.value_of(ranks)
+        for count in range(6):
+            worse = ranks.copy()
+            worse[count] -= 1
+            if worse[count] < 0:
+                continue
+            claim = dataclasses.replace(
+                optimal_claim(problem, worse, certificate.price), cut=(1.0, 3.0)
+            )
+            assert problem.value_of(worse) < optimum
+            with pytest.raises(CertificateError, match="above the claimed bound"):
+                claim.verify(problem, worse)

@@ -1,0 +1,87 @@
+"""Which solver, and for how long."""
+
+import math
+import re
+import time
+
+import numpy as np
+import pytest
+
+from lorambo_alloc import Allocation, Problem, allocate, solve
+from lorambo_alloc.solve import SOLVERS
+from lorambo_alloc.testing import brute_force, strongly_correlated_linear
+from tests.checks import check_answer, check_optimum
+
+SPECTRA = {"q": [3.0, 2.0, 1.0], "v": [2.5, 0.5]}
+KNOWN = ["auto", "exact", "water_filling", "bottleneck", "milp"]
+
+
+def test_auto_takes_the_exact_solver_or_the_bottleneck():
+    concave = solve(Problem(SPECTRA, 3))
+    general = solve(Problem(SPECTRA, 3, multiple_of=2))
+    bottleneck = solve(Problem(SPECTRA, 3, objective="operator"))
+    methods = [a.certificate.method for a in (concave, general, bottleneck)]
+    assert len(set(methods)) == 3
+    assert methods[0] == solve(Problem(SPECTRA, 3), "exact").certificate.method
+    assert methods[1] == solve(Problem(SPECTRA, 3, multiple_of=2), "exact").certificate.method
+    assert "leximax" in methods[2]
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "bottleneck"])
+@pytest.mark.parametrize("keywords", [{}, {"multiple_of": 2}, {"objective": "nuclear"}])
+def test_every_solver_by_name(solver, keywords):
+    problem = Problem(SPECTRA, 3, costs=[2, 1], **keywords)
+    allocation = solve(problem, solver)
+    assert isinstance(allocation, Allocation)
+    assert allocation.problem is problem
+    check_optimum(allocation, brute_force(problem)[0])
+
+
+def test_names_of_the_simple_solvers():
+    assert solve(Problem(SPECTRA, 3), "milp").certificate.method == "milp"
+    assert solve(Problem(SPECTRA, 3), "water_filling").certificate.method == "water-filling"
+
+
+@pytest.mark.parametrize("bad", ["foo", "Exact", "", None, 3, ["exact"], b"exact"])
+def test_unknown_solvers_list_the_known_ones(bad):
+    expected = f"method: expected one of {', '.join(map(repr, KNOWN))}, got {bad!r}"
+    with pytest.raises(ValueError, match="^" + re.escape(expected)):
+        allocate(SPECTRA, 3, method=bad)
+    with pytest.raises(ValueError, match="^" + re.escape(expected)):
+        solve(Problem(SPECTRA, 3), bad)
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "bottleneck"])
+def test_only_the_bottleneck_takes_operator(solver):
+    expected = f"method {solver!r} does not fit objective 'operator'"
+    with pytest.raises(ValueError, match=expected):
+        allocate(SPECTRA, 3, objective="operator", method=solver)
+    assert allocate(SPECTRA, 3, objective="operator", method="bottleneck").value == -1.0
+
+
+def test_the_bottleneck_takes_nothing_else():
+    expected = "method 'bottleneck' does not fit objective 'frobenius'"
+    with pytest.raises(ValueError, match=expected):
+        allocate(SPECTRA, 3, method="bottleneck")
+
+
+@pytest.mark.parametrize("bad", [-1, -1e-9, math.nan, math.inf, "1", True, [1], 1j, 10**400])
+def test_what_is_no_time_limit(bad):
+    with pytest.raises(ValueError, match="^time_limit: expected seconds >= 0 or None, got "):
+        allocate(SPECTRA, 3, time_limit=bad)
+
+
+@pytest.mark.parametrize("limit", [0, 0.0, 1, 2.5, np.float32(1.0), None])
+def test_time_limits(limit):
+    check_answer(allocate(SPECTRA, 3, time_limit=limit))
+
+
+@pytest.mark.parametrize("method", ["auto", "milp"])
+def test_a_time_limit_is_kept(method):
+    problem = strongly_correlated_linear(60, 40).problem()
+    start = time.monotonic()
+    allocation = solve(problem, method, time_limit=0.2)
+    # Wide: the machine may be slow, the limit is for the search alone, and HiGHS looks rarely.
+    assert time.monotonic() - start < 20
+    check_answer(allocation)
+    assert allocation.certificate.relative_gap < 0.01
