@@ -83,9 +83,9 @@ class Allocation(Mapping[str, int]):
         """Write ranks, certificate and problem to one npz file, whole or not at all."""
         problem = self.problem
         curves = problem.curves
-        increments = isinstance(curves, GainCurves) and curves.increments is not None
-        layers = curves.increments if increments else curves.layers
-        assert layers is not None
+        form, layers = "spectra" if isinstance(curves, Spectra) else "gains", curves.layers
+        if isinstance(curves, GainCurves) and curves.increments is not None:
+            form, layers = "increments", curves.increments
         allowed = {
             name: problem.allowed_ranks(i).tolist()
             for i, name in enumerate(problem.names)
@@ -93,11 +93,7 @@ class Allocation(Mapping[str, int]):
         }
         header: dict[str, Any] = {
             "names": problem.names,
-            "curves": "spectra"
-            if isinstance(curves, Spectra)
-            else "increments"
-            if increments
-            else "gains",
+            "curves": form,
             "source": curves.source if isinstance(curves, Spectra) else "",
             "objective": [problem.objective.kind, problem.objective.parameter],
             "budget": problem.budget,
@@ -139,13 +135,11 @@ class Allocation(Mapping[str, int]):
             values = dict(zip(names, rows, strict=True))
             curves: Spectra | GainCurves
             if header["curves"] == "spectra":
-                shapes = header["shapes"]
+                shapes: list[tuple[int, int]] | None = header["shapes"]
                 curves = Spectra(
                     values,
                     source=header["source"],
-                    shapes=None
-                    if shapes is None
-                    else dict(zip(names, map(tuple, shapes), strict=True)),
+                    shapes=None if shapes is None else dict(zip(names, shapes, strict=True)),
                     unresolved=dict(zip(names, header["unresolved"], strict=True)),
                 )
             elif header["curves"] == "increments":
@@ -210,10 +204,12 @@ def _table(allocation: Allocation) -> str:
     proof = certificate.status.replace("_", " ")
     if certificate.gap:
         proof += f", relative gap at most {certificate.relative_gap:.1e}"
+    captured = f"{100 * allocation.captured:.2f}% of the attainable gain"
     lines += [
-        f"{len(allocation)} layers, ranks {_range(allocation.ranks)}, objective {problem.objective}",
+        f"layers    {len(allocation)}, ranks {_range(allocation.ranks)}",
+        f"objective {problem.objective}, value {certificate.value:.6g}",
         f"cost      {allocation.cost:,} of {problem.budget:,} ({share})",
-        f"captured  {100 * allocation.captured:.2f}% of the attainable gain, value {certificate.value:.6g}",
+        f"captured  {captured}",
         f"price     {certificate.price:.4g} gain per unit of cost",
         f"status    {proof} ({certificate.method})",
     ]

@@ -56,9 +56,8 @@ def flatten(data: object, what: str, plural: str) -> FlatLayers:
             if not isinstance(name, str):
                 raise ValueError(f"layer names: expected strings, got {name!r}")
         names = tuple(cast(Mapping[str, object], mapping))
-        rows = [
-            _vector(array, name, what) for name, array in zip(names, mapping.values(), strict=True)
-        ]
+        arrays = mapping.values()
+        rows = [_vector(array, name, what) for name, array in zip(names, arrays, strict=True)]
     elif isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
         sequence = cast(Sequence[object], data)
         names = tuple(map(str, range(len(sequence))))
@@ -118,33 +117,25 @@ def _vector(array: object, name: str, what: str) -> npt.NDArray[Any]:
     return array
 
 
-def _real(data: object, where: str, expected: str) -> npt.NDArray[Any]:
+def _real(data: Any, where: str, expected: str) -> npt.NDArray[Any]:
     """As an array of float64 or float32, or a ValueError that names the place."""
     device = getattr(data, "__dlpack_device__", None)
-    if device is not None and not isinstance(data, np.ndarray):
+    if device is not None and type(data) is not np.ndarray:
         kind = int(device()[0])
         if kind not in _HOST_DEVICES:
             raise ValueError(
                 f"{where}: expected {expected} in host memory, got one on a device (DLPack device "
                 f"type {kind}); copy it to the host first, for instance with .cpu()"
             )
+    only_dlpack = hasattr(data, "__dlpack__") and not hasattr(data, "__array__")
+    array: npt.NDArray[Any]
     try:
-        if hasattr(data, "__dlpack__") and not hasattr(data, "__array__"):
-            array = np.from_dlpack(cast(Any, data))
-        else:
-            array = np.asarray(data)
+        array = np.from_dlpack(data) if only_dlpack else np.asarray(data)
     except Exception as error:
-        raise ValueError(
-            f"{where}: expected {expected}, got {type(data).__name__}: {error}"
-        ) from error
-    if array.dtype in (np.float64, np.float32) and array.dtype.isnative:
-        return array
-    if (
-        array.dtype.kind in "iu"
-        or array.dtype == np.float16
-        or (array.dtype.kind == "f" and array.dtype.itemsize <= 8)
-    ):
-        return array.astype(np.float64)
-    if array.dtype.kind in "f" and array.size == 0:
+        kind_of = type(data).__name__
+        raise ValueError(f"{where}: expected {expected}, got {kind_of}: {error}") from error
+    if array.dtype == np.float64 or array.dtype == np.float32:
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    if array.dtype.kind in "iu" or array.dtype == np.float16:
         return array.astype(np.float64)
     raise ValueError(f"{where}: expected {expected} of real numbers, got dtype {array.dtype}")

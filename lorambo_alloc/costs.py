@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from lorambo_alloc.curves import check_names
-from lorambo_alloc.objectives import IntArray
+from lorambo_alloc.objectives import IntArray, real_number
 
 T = TypeVar("T")
 
@@ -62,8 +62,8 @@ def whole_number(value: object, where: str, least: int) -> int:
         try:
             number = operator.index(value)  # pyright: ignore[reportArgumentType]
         except TypeError:
-            if isinstance(value, (float, np.floating)) and float(value).is_integer():
-                number = int(value)
+            if real_number(value).is_integer():
+                number = int(real_number(value))
     if number is None or number < least:
         raise ValueError(f"{where}: expected a whole number >= {least}, got {value!r}")
     return number
@@ -81,7 +81,7 @@ def per_layer(
         check_names(values, names, what)
         ordered = [values[name] for name in names]
     else:
-        if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)):
+        if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(
                 f"{what}: expected one value per layer, by name or in order, got {values!r}"
             )
@@ -95,7 +95,6 @@ def per_layer(
 
 def whole_numbers(values: PerLayer[Any], names: tuple[str, ...], what: str, least: int) -> IntArray:
     """Whole numbers up to 2^53, one a layer."""
-
     if isinstance(values, Mapping) and len(values) == len(names):
         plain = [values.get(name) for name in names]
         if all(type(value) is int and least <= value <= 1 << 53 for value in plain):

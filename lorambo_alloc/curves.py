@@ -115,8 +115,8 @@ class Spectra(_Layers):
                 raise ValueError("a layer name appears twice")
             rows = np.split(arrays["values"], arrays["offsets"][1:-1]) if names else []
             values = dict(zip(names, rows, strict=True))
-            shapes = header["shapes"]
-            named = None if shapes is None else dict(zip(names, map(tuple, shapes), strict=True))
+            shapes: list[tuple[int, int]] | None = header["shapes"]
+            named = None if shapes is None else dict(zip(names, shapes, strict=True))
             unresolved = dict(zip(names, header["unresolved"], strict=True))
             return cls(values, shapes=named, source=header["source"], unresolved=unresolved)
         except (KeyError, TypeError, ValueError) as error:

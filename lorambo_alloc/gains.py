@@ -89,7 +89,7 @@ class Gains:
                     continue
                 gains = self._objective.gains(values.astype(np.float64, copy=False))
             else:
-                rows = np.arange(part.start, part.stop)
+                rows = np.arange(part.start, part.stop, dtype=np.int64)
                 gains = self.selected(0 * upper[part], upper[part], rows)[2]
             total += float(np.maximum(gains, 0.0).sum())
         return total

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -89,7 +90,7 @@ def schatten(p: float) -> Objective:
 
 
 def log(noise: float) -> Objective:
-    """Gaussian channels: keeping sigma_j gains 1/2 log(1 + sigma_j^2 / noise), in nats.
+    """Parallel Gaussian channels: keeping sigma_j gains half of ln(1 + sigma_j^2 / noise) nats.
 
     Args:
         noise: a finite number above 0, in the units of sigma squared.
@@ -113,12 +114,12 @@ def positive_number(value: object, where: str) -> float:
 
 def real_number(value: object) -> float:
     """A double from a real number; NaN for anything that is not one, or is out of range."""
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            pass
-    return math.nan
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def parse_objective(objective: str | Objective) -> Objective:

@@ -110,7 +110,8 @@ def attainable_gain(problem: Problem) -> float:
         return float(np.max(ends[0], initial=0.0)) - float(np.max(ends[1], initial=0.0))
     if problem.concave_unit_steps:
         assert problem.gains is not None
-        return problem.gains.positive_sum(problem.upper)
+        forced = problem.gains.selected(0 * problem.lower, problem.lower)[2]
+        return problem.gains.positive_sum(problem.upper) + float(np.minimum(forced, 0.0).sum())
     total = 0.0
     for layers in problem.variables:
         allowed = problem.allowed_ranks(layers[0])

@@ -269,7 +269,8 @@ class Problem:
             carried = self.curves.shapes
         if shapes is not None:
             if not isinstance(shapes, Mapping):
-                shapes = dict(zip(self.names, per_layer(shapes, self.names, "shapes", _same)))
+                in_order = per_layer(shapes, self.names, "shapes", _same)
+                shapes = dict(zip(self.names, in_order, strict=True))
             shapes = check_shapes(shapes, self.curves.layers)
         if costs is not None:
             return whole_numbers(costs, self.names, "costs", 1)
@@ -318,19 +319,16 @@ class Problem:
     def _parse_tied(self, tied: Iterable[Sequence[str]]) -> tuple[tuple[int, ...], ...]:
         seen: set[str] = set()
         groups: list[tuple[int, ...]] = []
-        if isinstance(tied, str) or not isinstance(tied, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"tied: expected groups of layer names, got {tied!r}")
-        for group in map(_listed, tied):
-            if isinstance(group, str) or not isinstance(group, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise ValueError(f"tied: expected groups of layer names, got {group!r}")
-            for name in group:
-                if not isinstance(name, str) or name not in self._index:  # pyright: ignore[reportUnnecessaryIsInstance]
+        for group in _listed(tied, "tied: expected groups of layer names"):
+            names = _listed(group, "tied: expected groups of layer names")
+            for name in names:
+                if not isinstance(name, str) or name not in self._index:
                     raise ValueError(f"tied: layer {name!r} is not among the spectra")
                 if name in seen:
                     raise ValueError(f"tied: layer {name!r} appears twice")
                 seen.add(name)
-            if len(group) > 1:
-                groups.append(tuple(self._index[name] for name in group))
+            if len(names) > 1:
+                groups.append(tuple(self._index[name] for name in names))
         return tuple(groups)
 
     def _parse_limits(self, min_rank: Limit, max_rank: Limit) -> tuple[IntArray, IntArray]:
@@ -367,9 +365,7 @@ class Problem:
         if allowed is None:
             return {}
         named: Mapping[str, Sequence[int]] = (
-            cast(Mapping[str, Sequence[int]], allowed)
-            if isinstance(allowed, Mapping)
-            else dict.fromkeys(self.names, allowed)
+            allowed if isinstance(allowed, Mapping) else dict.fromkeys(self.names, allowed)
         )
         result: dict[int, IntArray] = {}
         for name, listed in named.items():
@@ -421,9 +417,11 @@ def _weight(value: Any, where: str) -> float:
     return weight
 
 
-def _listed(group: Any) -> Any:
-    """A group given as a one-pass iterable, as a list."""
-    return list(group) if isinstance(group, Iterable) and not isinstance(group, str) else group
+def _listed(values: object, expected: str) -> list[Any]:
+    """Any iterable but a string, as a list."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{expected}, got {values!r}")
+    return list(cast(Iterable[Any], values))
 
 
 def _same(value: Any, where: str) -> Any:

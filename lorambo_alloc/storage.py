@@ -29,7 +29,7 @@ def write(
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, header=np.array(text), **dict(arrays))
+            np.savez_compressed(file, allow_pickle=False, header=np.array(text), **arrays)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

@@ -198,7 +198,9 @@ def two_price_bound(
     """
     price, rank_price = prices
     best = sum(r.best for r in responses(problem, ranks, price, rank_price))
-    room = list(zip(problem.costs.tolist(), problem.lower.tolist(), problem.upper.tolist()))
+    room = list(
+        zip(problem.costs.tolist(), problem.lower.tolist(), problem.upper.tolist(), strict=True)
+    )
     count = sum(low for _, low, _ in room)
     left = problem.budget - sum(cost * low for cost, low, _ in room)
     if rank_price >= 0:

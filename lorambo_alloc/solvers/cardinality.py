@@ -17,6 +17,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -109,5 +110,5 @@ def cardinality_cut(form: ConcaveForm, waste: int) -> Cut | None:
 
 def _rounded(value: float, bits: int) -> float:
     """The nearest double with so many bits: where gains are whole, the best price often is."""
-    fraction, exponent = np.frexp(value)
-    return float(np.ldexp(np.round(np.ldexp(fraction, bits)), exponent - bits))
+    fraction, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(fraction, bits)), exponent - bits)

@@ -67,7 +67,7 @@ class Price:
         Args:
             price: a double > 0.
             reach: no penalty above this occurs.
-                last_bit: exponent of the last bit set in the core's gains.
+            last_bit: exponent of the last bit set in the core's gains.
         """
         own = math.frexp(price)[1] - 53
         coarsest = math.frexp(reach)[1] - 58 if reach > 0 else own - 6

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from lorambo_alloc.objectives import IntArray
 
@@ -102,8 +103,8 @@ class Outcome:
 class _Trace:
     """Per class, the parent and the option of every state kept after it."""
 
-    parents: list[IntArray] = field(default_factory=lambda: [])
-    options: list[IntArray] = field(default_factory=lambda: [])
+    parents: list[npt.NDArray[np.int32]] = field(default_factory=lambda: [])
+    options: list[npt.NDArray[np.int32]] = field(default_factory=lambda: [])
     size: int = 0
 
     def add(self, parents: IntArray, options: IntArray) -> None:

@@ -34,18 +34,15 @@ def solve_milp(problem: Problem, time_limit: float | None = None) -> Allocation:
     scale = float(np.abs(table.values).max()) or 1.0
     costs = table.costs / float(max(problem.spendable, 1))
     choose = csr_array(coo_array((np.ones(size), (variables, np.arange(size)))))
-    options: dict[str, float] = {"mip_rel_gap": 0.0}
-    if time_limit is not None:
-        options["time_limit"] = time_limit
     result = milp(
         -table.values / scale,
-        integrality=np.ones(size),
+        integrality=np.ones(size, dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(choose, 1, 1),
             LinearConstraint(costs[None, :], -np.inf, 1.0),
         ],
-        options=options,
+        options={"mip_rel_gap": 0.0, "time_limit": np.inf if time_limit is None else time_limit},
     )
     if result.x is not None:
         weights = np.where(result.x > 0.5, 1, 0)
