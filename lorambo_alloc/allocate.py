@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from lorambo_alloc.allocation import Allocation
 from lorambo_alloc.costs import PerLayer, UniformRank
+from lorambo_alloc.limits import AllowedRanks, Limit
 from lorambo_alloc.objectives import Objective
-from lorambo_alloc.problem import AllowedRanks, Limit, Problem
+from lorambo_alloc.problem import Problem
 from lorambo_alloc.solve import solve
 
 

@@ -86,18 +86,15 @@ class Allocation(Mapping[str, int]):
         form, layers = "spectra" if isinstance(curves, Spectra) else "gains", curves.layers
         if isinstance(curves, GainCurves) and curves.increments is not None:
             form, layers = "increments", curves.increments
-        allowed = {
-            name: problem.allowed_ranks(i).tolist()
-            for i, name in enumerate(problem.names)
-            if problem.has_list(i)
-        }
+        lists = problem.limits.lists
+        allowed = {problem.names[i]: listed.tolist() for i, listed in lists.items()}
         header: dict[str, Any] = {
             "names": problem.names,
             "curves": form,
             "source": curves.source if isinstance(curves, Spectra) else "",
             "objective": [problem.objective.kind, problem.objective.parameter],
             "budget": problem.budget,
-            "multiple_of": problem.multiple_of,
+            "multiple_of": problem.limits.multiple_of,
             "tied": problem.tied,
             "allowed_ranks": allowed,
             "certificate": vars(self.certificate),

@@ -141,7 +141,7 @@ def option_table(problem: Problem) -> OptionTable:
         for i in layers:
             curve = problem.curve(i)
             value += curve[allowed]
-            magnitude += float(np.abs(np.diff(curve)).sum())
+            magnitude += float(np.abs(np.diff(curve[: int(allowed[-1]) + 1])).sum())
         errors.append(magnitude * (int(allowed[-1]) + len(layers) + 8) * 2.0**-52)
         ranks.append(allowed)
         costs.append(unit * allowed + fixed * (allowed > 0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from lorambo_alloc.costs import (
 )
 from lorambo_alloc.curves import GainCurves, Spectra, check_finite, check_shapes
 from lorambo_alloc.gains import Gains
+from lorambo_alloc.limits import AllowedRanks, Limit, parse_limits
 from lorambo_alloc.objectives import (
     FloatArray,
     IntArray,
@@ -28,9 +29,6 @@ from lorambo_alloc.objectives import (
     real_number,
     schatten,
 )
-
-Limit: TypeAlias = int | Mapping[str, int] | None
-AllowedRanks: TypeAlias = Sequence[int] | Mapping[str, Sequence[int]] | None
 
 
 class InfeasibleError(ValueError):
@@ -90,6 +88,7 @@ class Problem:
         lower: the least allowed rank, int64 by layer.
         upper: the greatest allowed rank, int64 by layer.
         groups: the tied groups, as tuples of layer indices.
+        limits: the allowed ranks of every layer.
     """
 
     def __init__(
@@ -112,7 +111,6 @@ class Problem:
         self.curves = spectra if isinstance(spectra, (Spectra, GainCurves)) else Spectra(spectra)
         layers = self.curves.layers
         self.names = layers.names
-        self._index = {name: i for i, name in enumerate(self.names)}
         self.costs = self._parse_costs(shapes, costs)
         ones = np.ones(len(self.names), dtype=np.int64)
         self.fixed_costs = (
@@ -128,11 +126,20 @@ class Problem:
         )
         self.gains, self.totals = self._parse_gains()
         self.max_lengths = layers.lengths - (1 if isinstance(self.curves, GainCurves) else 0)
-        self.multiple_of = min(whole_number(multiple_of, "multiple_of", least=1), 1 << 53)
-        self.groups = self._parse_tied(tied)
-        self.lower, self.upper = self._parse_limits(min_rank, max_rank)
-        self._allowed = self._parse_allowed(allowed_ranks)
-        self._tighten_limits()
+        self.limits = parse_limits(
+            self.names,
+            self.max_lengths,
+            min_rank,
+            max_rank,
+            multiple_of,
+            allowed_ranks,
+            tied,
+        )
+        self.lower, self.upper, self.groups = (
+            self.limits.lower,
+            self.limits.upper,
+            self.limits.groups,
+        )
         if isinstance(budget, UniformRank):
             self.budget = budget.cost(self.costs, self.fixed_costs)
         else:
@@ -161,30 +168,20 @@ class Problem:
         return (
             self.gains is not None
             and self.gains.sorted
-            and self.multiple_of == 1
-            and not self._allowed
+            and self.limits.multiple_of == 1
+            and not self.limits.lists
             and not self.groups
             and not self._any_fixed
         )
 
     def allowed_ranks(self, i: int) -> IntArray:
         """The ranks that layer i may take, ascending (ties with other layers included)."""
-        first, last, step = int(self.lower[i]), int(self.upper[i]), self.multiple_of
-        listed = self._allowed.get(i)
-        if listed is None:
-            return np.arange(first, last + 1, step, dtype=np.int64)
-        return listed
+        return self.limits.allowed_ranks(i)
 
     @property
     def variables(self) -> list[tuple[int, ...]]:
         """The layers of each free choice: the tied groups, and every other layer alone."""
-        tied = {i for group in self.groups for i in group}
-        alone = ((i,) for i in range(len(self.names)) if i not in tied)
-        return sorted([*self.groups, *alone])
-
-    def has_list(self, i: int) -> bool:
-        """Whether layer i chooses from an explicit list (its own, or one it is tied to)."""
-        return i in self._allowed
+        return self.limits.variables
 
     def curve(self, i: int) -> FloatArray:
         """F_i(0), ..., F_i(R), to rounding; not for `operator`."""
@@ -247,14 +244,7 @@ class Problem:
                 f"ranks: expected {len(self.names)} whole numbers, got {ranks.dtype} of shape "
                 f"{ranks.shape}"
             )
-        outside = (ranks < self.lower) | (ranks > self.upper) | (ranks % self.multiple_of != 0)
-        for i, listed in self._allowed.items():
-            outside[i] |= int(ranks[i]) not in listed
-        for i in np.flatnonzero(outside)[:1].tolist():
-            raise ValueError(f"layer {self.names[i]!r}: rank {ranks[i]} is not allowed")
-        for group in self.groups:
-            if len(set(ranks[list(group)].tolist())) > 1:
-                raise ValueError(f"tied layers {self.names[group[0]]!r}, ... differ in rank")
+        self.limits.check(ranks)
         cost = self.cost_of(ranks)
         if cost > self.budget:
             raise ValueError(f"the ranks cost {cost}, more than the budget {self.budget}")
@@ -316,112 +306,12 @@ class Problem:
             )
         return None, weighted
 
-    def _parse_tied(self, tied: Iterable[Sequence[str]]) -> tuple[tuple[int, ...], ...]:
-        seen: set[str] = set()
-        groups: list[tuple[int, ...]] = []
-        for group in _listed(tied, "tied: expected groups of layer names"):
-            names = _listed(group, "tied: expected groups of layer names")
-            for name in names:
-                if not isinstance(name, str) or name not in self._index:
-                    raise ValueError(f"tied: layer {name!r} is not among the spectra")
-                if name in seen:
-                    raise ValueError(f"tied: layer {name!r} appears twice")
-                seen.add(name)
-            if len(names) > 1:
-                groups.append(tuple(self._index[name] for name in names))
-        return tuple(groups)
-
-    def _parse_limits(self, min_rank: Limit, max_rank: Limit) -> tuple[IntArray, IntArray]:
-        lower = self._parse_limit(min_rank, "min_rank", 0 * self.max_lengths)
-        upper = self._parse_limit(max_rank, "max_rank", self.max_lengths)
-        for i in np.flatnonzero(lower > self.max_lengths)[:1].tolist():
-            raise ValueError(
-                f"min_rank: layer {self.names[i]!r}: expected at most {self.max_lengths[i]}, the "
-                f"ranks its curve has, got {lower[i]}"
-            )
-        upper = np.minimum(upper, self.max_lengths)
-        for i in np.flatnonzero(lower > upper)[:1].tolist():
-            raise ValueError(
-                f"layer {self.names[i]!r}: min_rank {lower[i]} is above max_rank {upper[i]}"
-            )
-        return lower, upper
-
-    def _parse_limit(self, limit: Limit, what: str, default: IntArray) -> IntArray:
-        result = default.copy()
-        if limit is None:
-            return result
-        if not isinstance(limit, Mapping):
-            result[:] = min(whole_number(limit, what, least=0), 1 << 53)
-            return result
-        for name, value in limit.items():
-            if name not in self._index:
-                raise ValueError(f"{what}: layer {name!r} is not among the spectra")
-            number = whole_number(value, f"{what}: layer {name!r}", least=0)
-            result[self._index[name]] = min(number, 1 << 53)
-        return result
-
-    def _parse_allowed(self, allowed: AllowedRanks) -> dict[int, IntArray]:
-        """Explicit lists by layer index, within the limits and multiples."""
-        if allowed is None:
-            return {}
-        named: Mapping[str, Sequence[int]] = (
-            allowed if isinstance(allowed, Mapping) else dict.fromkeys(self.names, allowed)
-        )
-        result: dict[int, IntArray] = {}
-        for name, listed in named.items():
-            if name not in self._index:
-                raise ValueError(f"allowed_ranks: layer {name!r} is not among the spectra")
-            where = f"allowed_ranks: layer {name!r}"
-            try:
-                numbers = sorted({whole_number(rank, where, least=0) for rank in listed})
-            except TypeError:
-                raise ValueError(f"{where}: expected a list of ranks, got {listed!r}") from None
-            i = self._index[name]
-            result[i] = np.array(
-                [r for r in numbers if self.lower[i] <= r <= self.upper[i]], dtype=np.int64
-            )
-        return result
-
-    def _tighten_limits(self) -> None:
-        """Move lower and upper to ranks that exist; intersect tied groups."""
-        step = self.multiple_of
-        self.lower = -(-self.lower // step) * step
-        self.upper = self.upper // step * step
-        for i, listed in self._allowed.items():
-            self._allowed[i] = listed[listed % step == 0]
-        for group in self.groups:
-            members = list(group)
-            lower, upper = int(np.max(self.lower[members])), int(np.min(self.upper[members]))
-            self.lower[members], self.upper[members] = lower, upper
-            lists = [self._allowed[i] for i in members if i in self._allowed]
-            if lists:
-                common = lists[0]
-                for other in lists[1:]:
-                    common = np.intersect1d(common, other)
-                common = common[(common >= lower) & (common <= upper)]
-                for i in members:
-                    self._allowed[i] = common
-        for i, listed in self._allowed.items():
-            self.lower[i], self.upper[i] = (listed[0], listed[-1]) if len(listed) else (1, 0)
-        for i in np.flatnonzero(self.lower > self.upper)[:1].tolist():
-            raise ValueError(
-                f"layer {self.names[i]!r}: no rank satisfies min_rank, max_rank, multiple_of, "
-                "allowed_ranks and tied together"
-            )
-
 
 def _weight(value: Any, where: str) -> float:
     weight = real_number(value)
     if not 0 <= weight < float("inf"):
         raise ValueError(f"{where}: expected a finite weight >= 0, got {value!r}")
     return weight
-
-
-def _listed(values: object, expected: str) -> list[Any]:
-    """Any iterable but a string, as a list."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise ValueError(f"{expected}, got {values!r}")
-    return list(cast(Iterable[Any], values))
 
 
 def _same(value: Any, where: str) -> Any:

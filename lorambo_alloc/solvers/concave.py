@@ -268,8 +268,11 @@ class ConcaveForm:
         groups = np.split(order, ends) if len(order) else []
         classes: dict[int, list[tuple[bool, IntArray, IntArray]]] = {}
         for members in groups:
-            sums = _sums_up_to(penalties[members], limit)
-            classes.setdefault(int(costs[members[0]]), []).append(
+            cost = int(costs[members[0]])
+            # No solution adds more than the budget holds, or frees more than is spent.
+            most = (self._spent(ranks) if taken[members[0]] else self._budget) // cost
+            sums = _sums_up_to(penalties[members[:most]], limit)
+            classes.setdefault(cost, []).append(
                 (bool(taken[members[0]]), items.rows[members[: len(sums)]], sums)
             )
         merged = [_merge(cost, parts) for cost, parts in classes.items()]

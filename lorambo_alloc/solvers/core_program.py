@@ -36,7 +36,7 @@ class Class:
     """One group of which exactly one option is chosen; option 0 (no deviation) is implied.
 
     Attributes:
-        moves: change of the cost by each option, int64, not 0.
+        moves: change of the cost by each option, int64, not 0, below 2^62 in magnitude.
         penalties: the penalty of each option, int64, >= 0.
     """
 
@@ -144,6 +144,7 @@ def solve_core(
     dropped = incumbent  # least bound of what was dropped
     trace = _Trace()
     spend, free = _suffix_slopes(classes, price)
+    relief = _suffix_relief(classes)
     moves = np.zeros(1, dtype=np.int64)
     penalties = np.zeros(1, dtype=np.int64)
     largest = 1
@@ -167,7 +168,9 @@ def solve_core(
             new_moves = (moves[:, None] + group.moves[None, part]).ravel()
             new_penalties = (penalties[:, None] + group.penalties[None, part]).ravel()
             bounds = _bounds(new_moves, new_penalties, residual, spend[depth], free[depth], best)
-            keep = np.flatnonzero(bounds < best)
+            # What exceeds the budget by more than the classes to come can free is hopeless.
+            # Besides, this keeps every move within 64 bits.
+            keep = np.flatnonzero((bounds < best) & (new_moves <= residual + relief[depth]))
             width = len(group.moves[part])
             all_moves.append(new_moves[keep])
             all_penalties.append(new_penalties[keep])
@@ -211,6 +214,14 @@ def _suffix_slopes(classes: list[Class], price: int) -> tuple[list[int], list[in
         spend.append(min(spend[-1], up))
         free.append(min(free[-1], down))
     return spend[::-1], free[::-1]
+
+
+def _suffix_relief(classes: list[Class]) -> list[int]:
+    """Per depth, how much cost the classes still to come can free together."""
+    relief = [0]
+    for group in reversed(classes):
+        relief.append(relief[-1] + max(-int(group.moves.min()), 0))
+    return relief[::-1]
 
 
 def _bounds(

@@ -7,8 +7,8 @@ import numpy as np
 from lorambo_alloc.allocation import Allocation
 from lorambo_alloc.options import option_table
 from lorambo_alloc.problem import Problem
-from lorambo_alloc.solvers.exact import Search
 from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
+from lorambo_alloc.solvers.search import Search
 
 
 def solve_milp(problem: Problem, time_limit: float | None = None) -> Allocation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorambo_alloc.allocation import Allocation
 from lorambo_alloc.problem import Problem
-from lorambo_alloc.solvers.exact import Search, form_of
+from lorambo_alloc.solvers.search import Search, form_of
 
 
 def solve_water_filling(problem: Problem, time_limit: float | None = None) -> Allocation:

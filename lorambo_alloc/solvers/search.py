@@ -1,0 +1,298 @@
+"""The search behind the exact solver: an incumbent, and a proved gap that runs narrow."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from lorambo_alloc.allocation import Allocation
+from lorambo_alloc.arithmetic import round_up
+from lorambo_alloc.certificate import Certificate
+from lorambo_alloc.objectives import IntArray
+from lorambo_alloc.problem import Problem
+from lorambo_alloc.solvers.cardinality import cardinality_cut
+from lorambo_alloc.solvers.concave import ConcaveForm
+from lorambo_alloc.solvers.core import Core, Form, Price, Relaxed
+from lorambo_alloc.solvers.core_program import Outcome, solve_core
+from lorambo_alloc.solvers.exchange import best_exchange
+from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
+
+_NEAREST = 64  # deviations in the first run
+_STATES = (256, 4096, 1 << 16, 1 << 20)  # states held, run by run
+_LAST_RESORT = 4096  # after this run: exchanges, and a price on the number of ranks
+_MAX_DEVIATIONS = 2_000_000  # above, the bound of the price stands alone
+_LIMIT = 1 << 59  # units of loss; larger ones could overflow in sums
+
+
+def form_of(problem: Problem) -> Form:
+    """The special form for single ranks of descending gain, else the general one."""
+    return ConcaveForm(problem) if problem.concave_unit_steps else MultipleChoiceForm(problem)
+
+
+_Chooser: TypeAlias = Callable[[float, IntArray], tuple[Any, float]]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A core in its fixed point.
+
+    Attributes:
+        price: the price and the exponent of the unit.
+        core: best responses and deviations.
+        left: reduced units of budget that the best responses leave over (may be negative).
+        loss: what the incumbent lacks to the Lagrangian value of the best responses, exactly.
+        step: all values that the core can reach differ by multiples of so many units.
+        beyond: no deviation outside the core has a smaller penalty.
+    """
+
+    price: Price
+    core: Core
+    left: int
+    loss: Fraction
+    step: int
+    beyond: float
+
+    @cached_property
+    def unit(self) -> Fraction:
+        """The unit of the fixed point, in units of gain."""
+        exponent = self.price.exponent
+        return Fraction(1 << exponent) if exponent >= 0 else Fraction(1, 1 << -exponent)
+
+    @property
+    def searchable(self) -> bool:
+        """Whether sums of losses stay within 64 bits."""
+        return self.loss < _LIMIT * self.unit
+
+
+class Search:
+    """An incumbent, and a proved gap above it, that further runs of the core program narrow.
+
+    Attributes:
+        ranks: the incumbent.
+        closed: whether the incumbent is optimal, to rounding at least.
+    """
+
+    def __init__(self, form: Form, deadline: float | None = None) -> None:
+        self._form = form
+        self._problem = form.problem
+        self._deadline = deadline
+        self._relaxed = form.relax()
+        self._runs = iter(_STATES)
+        self._cut: tuple[float, float] | None = None
+        self._gap: Fraction | None = None
+        self._known_loss: tuple[float, IntArray, Fraction] | None = None
+        self.ranks = self._relaxed.feasible
+        self.closed = self._relaxed.price == 0
+        if self.closed:
+            self._gap = Fraction(0)
+
+    @property
+    def gap(self) -> Fraction:
+        """A proved bound on the optimum minus the incumbent's value."""
+        if self._gap is None:
+            self._gap = self._price_gap()
+        return self._gap
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to prove, not even below rounding."""
+        return self.closed and self.gap == 0
+
+    def widen(self) -> bool:
+        """Search the core once more with more states; False where that is the end of it."""
+        states = next(self._runs, None)
+        if states is None or self._late():
+            return False
+        core = self._nearest() if states == _STATES[0] else self._deviations()
+        if core is not None:
+            self._search(core, states)
+        return core is not None
+
+    def allocation(self, method: str) -> Allocation:
+        """The incumbent with its certificate, made out by the named method."""
+        certificate = Certificate.of(
+            self._problem.value_of(self.ranks),
+            self.gap,
+            self._relaxed.price / self._form.unit,
+            method,
+            closed=self.closed,
+            cut=self._cut,
+        )
+        return Allocation(self._problem, self.ranks, certificate)
+
+    def _late(self) -> bool:
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def _price_gap(self) -> Fraction:
+        """What the incumbent lacks to the bound of the price alone."""
+        setting = self._set_within(0.0)
+        if setting is not None:
+            return setting.loss + setting.core.low * setting.unit
+        # Each best response that `ranks` is not gains less than the reach over it.
+        price, ranks = self._relaxed.price, self._relaxed.ranks
+        items = self._form.within(price, ranks, 0.0)
+        hidden = Fraction(self._form.reach(items, price, ranks)) * self._form.size(items)
+        return self._loss(price, ranks) + hidden
+
+    def _nearest(self) -> _Setting | None:
+        """The core of the nearest deviations, and how little any other could lose."""
+        window = self._window()
+        return self._set_at(
+            lambda price, ranks: self._form.nearest(price, ranks, _NEAREST, window), window
+        )
+
+    def _deviations(self) -> _Setting | None:
+        """The core of all deviations that a better solution may use; None: too many."""
+        window = self._window()
+        for _ in range(8):
+            setting = self._set_within(window)
+            if setting is None or setting.loss <= Fraction(window):
+                return setting
+            window = round_up(setting.loss) * (1 + 2.0**-20)
+        return None
+
+    def _set_within(self, window: float) -> _Setting | None:
+        """The core of all deviations of penalty below the window; None: too many."""
+        return self._set_at(
+            lambda price, ranks: (self._form.within(price, ranks, window), math.inf), window
+        )
+
+    def _set_at(self, choose: _Chooser, window: float) -> _Setting | None:
+        """A core at a price that is exact in the core's fixed point; None: too many deviations.
+
+        Args:
+            choose: the deviations at a price, and a lower bound on the penalty of all others.
+            window: options above it are left out.
+        """
+        for _ in range(8):
+            price, ranks = self._relaxed.price, self._relaxed.ranks
+            items, beyond = choose(price, ranks)
+            if self._form.size(items) > _MAX_DEVIATIONS:
+                return None
+            reach = max(self._form.reach(items, price, ranks), window)
+            last_bit = self._form.last_bit(items)
+            fixed = Price.of(price, reach, last_bit)
+            if not fixed.holds(price):
+                self._relaxed = Relaxed(fixed.coarser(), ranks, self._relaxed.feasible)
+                continue
+            limit = int(math.ldexp(window, -fixed.exponent)) + 1
+            core = self._form.core(items, fixed, ranks, limit)
+            step = 1 if core.low else 1 << max(last_bit - fixed.exponent, 0)
+            left, loss = self._left(core.ranks), self._loss(price, core.ranks)
+            return _Setting(fixed, core, left, loss, step, beyond)
+        return None
+
+    def _search(self, setting: _Setting, states: int) -> None:
+        """Run the core program; update incumbent, gap and `closed`."""
+        if not setting.searchable:
+            return
+        outcome = self._run(setting, states)
+        # Exact losses against the same best responses; the program's may be low by `low`.
+        loss = setting.loss
+        if outcome.choices is not None:
+            loss -= self.offer(self._form.apply(setting.core, outcome.choices))
+        last_resort = states == _LAST_RESORT
+        if outcome.bound < outcome.loss and last_resort:
+            loss -= self._exchange(setting, outcome)
+        low = setting.core.low * setting.unit
+        # A solution with a deviation outside the core loses at least what that one does.
+        bound = outcome.bound
+        if setting.beyond < math.inf:
+            bound = min(bound, math.floor(Fraction(setting.beyond) / setting.unit))
+        gap = max(loss - bound * setting.unit + low, Fraction(0))
+        self._gap = gap if self._gap is None else min(self._gap, gap)
+        self.closed = bound == outcome.loss or self._gap == 0
+        if not self.closed and last_resort:
+            self._price_ranks(setting.price, loss + low)
+
+    def _window(self) -> float:
+        """No solution that loses more than this matters."""
+        if self._gap is None:
+            loss = self._loss(self._relaxed.price, self._relaxed.ranks)
+        else:
+            loss = self._gap
+        return max(round_up(loss), 0.0) * (1 + 2.0**-20)
+
+    def _exchange(self, setting: _Setting, outcome: Outcome) -> Fraction:
+        """Look for a better incumbent among exchanges of a few deviations; what it gained."""
+        core, price = setting.core, setting.price.units
+        choices = best_exchange(core.classes, setting.left, price, outcome.loss, outcome.bound)
+        if choices is None:
+            return Fraction(0)
+        return self.offer(self._form.apply(setting.core, choices))
+
+    def _price_ranks(self, price: Price, loss: Fraction) -> None:
+        """Tighten the gap by a price on the number of ranks, where that number is limited.
+
+        Args:
+            price: the price per unit of cost.
+            loss: what the incumbent lacks to the bound of that price.
+        """
+        form = self._form
+        if not isinstance(form, ConcaveForm) or form.size_of_all() > _MAX_DEVIATIONS:
+            return
+        cut = cardinality_cut(form, math.floor(loss / Fraction(price.value)))
+        if cut is None:
+            return
+        # Values are whole multiples of a step, and so is what a better one has more.
+        step = Fraction(2) ** form.last_bit_of_all()
+        ahead = cut.bound - self._problem.value_of(self.ranks)
+        gap = max(math.floor(ahead / step) * step, Fraction(0))
+        if gap < self.gap:
+            self._gap = gap
+            self._cut = cut.price / form.unit, cut.rank_price
+        self.closed = self.gap == 0
+
+    def _left(self, ranks: IntArray) -> int:
+        """Reduced units of budget that a rank vector leaves over."""
+        return (self._problem.spendable - self._problem.cost_of(ranks)) // self._form.unit
+
+    def _loss(self, price: float, best: IntArray) -> Fraction:
+        """How far the incumbent falls short of the Lagrangian value of the best responses."""
+        known = self._known_loss
+        if known is None or known[0] != price or known[1] is not best:
+            short = self._problem.value_difference(best, self.ranks)
+            known = self._known_loss = price, best, short + Fraction(price) * self._left(best)
+        return known[2]
+
+    def _run(self, setting: _Setting, states: int) -> Outcome:
+        """The core program against the incumbent's loss, which is rounded up to whole units."""
+        core, price = setting.core, setting.price.units
+        incumbent = math.ceil(setting.loss / setting.unit)
+        # Every solution moves the cost by a multiple of the moves' common divisor; the budget
+        # that is left over at least is lost to all of them.
+        divisor = math.gcd(*(move for group in core.classes for move in group.moves.tolist()))
+        lost = setting.left % divisor if divisor else setting.left
+        base = price * lost
+        # What is better than the incumbent is better by a whole step at least.
+        target = incumbent - base - setting.step + 1
+        if target <= 0:
+            return Outcome(incumbent, None, incumbent, 0)
+        outcome = solve_core(
+            core.classes, setting.left - lost, price, target, states, self._deadline
+        )
+        if outcome.choices is None:
+            outcome.loss = incumbent - base
+        if outcome.bound == target:
+            outcome.bound = outcome.loss
+        outcome.loss += base
+        outcome.bound += base
+        return outcome
+
+    def offer(self, ranks: IntArray) -> Fraction:
+        """Take a rank vector as the incumbent if it is feasible and better; what it gained."""
+        if self._problem.cost_of(ranks) > self._problem.spendable:
+            return Fraction(0)
+        gained = self._problem.value_difference(ranks, self.ranks)
+        if gained <= 0:
+            return Fraction(0)
+        self.ranks = ranks
+        self._known_loss = None
+        if self._gap is not None:
+            self._gap -= gained
+        return gained

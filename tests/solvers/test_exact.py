@@ -1,0 +1,167 @@
+"""The exact solver: what it finds, what it proves, and what it says when it stops."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from lorambo_alloc import GainCurves, Problem, allocate, solve
+from lorambo_alloc.solvers.concave import ConcaveForm
+from lorambo_alloc.solvers.exact import Search, form_of, solve_exact
+from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
+from lorambo_alloc.testing import (
+    HARD_FAMILIES,
+    brute_force,
+    dynamic_program,
+    multiples_of_8,
+    non_concave,
+    power_law,
+)
+from tests.checks import check_answer, check_optimum
+
+
+def test_forms():
+    spectra = {"a": [2.0, 1.0]}
+    assert isinstance(form_of(Problem(spectra, 3)), ConcaveForm)
+    assert isinstance(form_of(Problem(spectra, 3, multiple_of=2)), MultipleChoiceForm)
+
+
+@pytest.mark.parametrize("shape", ["a", "b"])
+def test_real_shapes_are_proven(shape):
+    allocation = power_law(shape).allocate()
+    check_answer(allocation)
+    assert allocation.certificate.status in ("optimal_exact", "optimal_within_rounding")
+    assert allocation.certificate.relative_gap < 1e-12
+
+
+def test_multiples_are_proven():
+    allocation = multiples_of_8().allocate()
+    check_answer(allocation)
+    assert allocation.certificate.status in ("optimal_exact", "optimal_within_rounding")
+    assert not np.any(allocation.ranks % 8)
+
+
+def test_curves_of_any_form_are_proven():
+    allocation = non_concave(60, 32).allocate()
+    check_answer(allocation)
+    assert allocation.certificate.status in ("optimal_exact", "optimal_within_rounding")
+
+
+@pytest.mark.parametrize("family", HARD_FAMILIES)
+@pytest.mark.parametrize("size", [(8, 6), (20, 12)])
+def test_hard_families(family, size):
+    instance = HARD_FAMILIES[family](*size)
+    allocation = instance.allocate(time_limit=3.0)
+    check_answer(allocation)
+    assert allocation.certificate.relative_gap < 1e-3
+
+
+@pytest.mark.parametrize("family", [f for f in HARD_FAMILIES if f != "proportional_large_costs"])
+@pytest.mark.parametrize("seed", range(3))
+def test_hard_families_against_a_full_dynamic_program(family, seed):
+    instance = HARD_FAMILIES[family](6, 5, seed)
+    problem = instance.problem()
+    check_optimum(solve(problem), dynamic_program(problem))
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_a_stopped_search_narrows_its_gap(general):
+    instance = HARD_FAMILIES["weakly_correlated"](30, 20)
+    keywords = {**instance.keywords, "multiple_of": 2 if general else 1}
+    problem = Problem(instance.spectra, instance.budget, **keywords)
+    search = Search(form_of(problem))
+    optimum = solve(problem)
+    assert optimum.certificate.status == "optimal_exact"
+    gaps = [search.gap]
+    while not search.finished and search.widen():
+        gaps.append(search.gap)
+        # At every point the answer is certified, and the optimum lies within the gap.
+        check_optimum(search.allocation("so far"), problem.value_of(optimum.ranks))
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] == 0 < gaps[0]
+
+
+def test_time_is_up_before_it_starts():
+    problem = HARD_FAMILIES["strongly_correlated_linear"](30, 20).problem()
+    stopped = solve_exact(problem, time_limit=0.0)
+    check_answer(stopped)
+    assert stopped.certificate.status == "gap_certified"
+    assert stopped.certificate.gap > 0
+
+
+def test_offers_are_taken_only_if_better_and_affordable():
+    problem = HARD_FAMILIES["weakly_correlated"](10, 8).problem()
+    search = Search(form_of(problem))
+    gap, ranks = search.gap, search.ranks
+    value = problem.value_of(ranks)
+    search.offer(problem.upper)  # over the budget
+    search.offer(ranks)
+    search.offer(problem.lower)
+    assert search.ranks is ranks
+    assert search.gap == gap
+    best = solve(problem).ranks
+    search.offer(best)
+    gained = problem.value_of(best) - value
+    assert gained > 0
+    assert search.gap == gap - gained
+
+
+def test_a_deviation_outside_the_nearest_ones_is_no_proof():
+    """The incumbent holds an increment of finer bits than the 64 nearest deviations.
+
+    Values then do not differ from it by whole steps of those deviations.
+    """
+    for fillers in (60, 61, 62, 63, 64):
+        gains = {"Z": [1e6], "Y": [40.0], "X": [130.0]}
+        costs = {"Z": 7, "Y": 3, "X": 13}
+        for i in range(fillers):
+            gains[f"F{i}"], costs[f"F{i}"] = [120.0], 13
+        gains["A"], costs["A"] = [89.5], 10
+        problem = Problem(GainCurves.from_increments(gains), 20, costs=costs)
+        optimum = dynamic_program(problem)
+        assert optimum == 1_000_130
+        search = Search(form_of(problem))
+        while not search.finished and search.widen():
+            check_optimum(search.allocation("so far"), optimum)
+        check_optimum(search.allocation("in the end"), optimum)
+
+
+def test_a_price_that_underflows_is_not_a_price_of_nothing():
+    curves = GainCurves.from_increments(
+        {"a": [1.0], "b": [5e-324, 5e-324], "c": [1e-323, 1e-323]}
+    )
+    keywords = {"costs": [10, 4096, 4096]}
+    for budget in (10 + 4096, 10 + 2 * 4096, 10 + 3 * 4096):
+        for method in ("exact", "water_filling"):
+            allocation = allocate(curves, budget, method=method, **keywords)
+            check_optimum(allocation, brute_force(allocation.problem)[0])
+
+
+def test_the_number_of_ranks_is_priced_where_gains_follow_the_costs():
+    costs = [7, 11, 13, 17, 19, 23]
+    curves = GainCurves.from_increments({f"{c}": [c + 3.0] * 6 for c in costs})
+    for budget in (200, 210, 299):
+        allocation = allocate(curves, budget, costs=costs)
+        check_optimum(allocation, dynamic_program(allocation.problem))
+        assert allocation.certificate.status == "optimal_exact"
+
+
+@pytest.mark.parametrize("budget", [0, 5, 6, 10**9])
+def test_certificates_carry_the_price_per_unit_of_cost(budget):
+    # Costs share the divisor 6; the price is per unit, not per 6 units.
+    allocation = allocate({"a": [4.0, 2.0]}, budget, costs=[6])
+    price = allocation.certificate.price
+    if budget == 6:
+        assert price == pytest.approx(4.0 / 6)
+    if budget == 10**9:
+        assert price == 0.0
+    check_answer(allocation)
+
+
+def test_ranks_of_a_gap_at_the_end_of_what_doubles_hold():
+    curves = GainCurves.from_increments({"a": [2.0**400, 2.0**-400], "b": [2.0**399, 2.0**-401]})
+    for budget in range(9):
+        allocation = allocate(curves, budget, costs=[2, 3])
+        optimum, _ = brute_force(allocation.problem)
+        check_optimum(allocation, optimum)
+        assert allocation.certificate.gap <= float(optimum) * Fraction(1, 2**40)

@@ -1,0 +1,84 @@
+"""Exchanges: a heuristic, so what it returns is checked, and that it finds what it is made for."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorambo_alloc.solvers.core_program import Class
+from lorambo_alloc.solvers.exchange import best_exchange
+from tests.solvers.test_core_program import classes_of, least_loss, loss_of
+from tests.strategies import core_classes, examples
+
+
+@given(core_classes(), st.integers(-15, 25), st.integers(1, 9), st.integers(0, 200))
+@settings(max_examples=examples(1))
+def test_choices_beat_the_incumbent_or_there_are_none(drawn, residual, price, incumbent):
+    classes = classes_of(drawn)
+    choices = best_exchange(classes, residual, price, incumbent, 0)
+    best = least_loss(classes, residual, price)
+    if choices is None:
+        # With so few deviations, a better single one is never overlooked.
+        singles = [loss_of(classes, [0] * len(classes), residual, price)]
+        for n, group in enumerate(classes):
+            for option in range(1, len(group.moves) + 1):
+                one = [option if k == n else 0 for k in range(len(classes))]
+                singles.append(loss_of(classes, one, residual, price))
+        assert all(loss is None or loss >= incumbent for loss in singles)
+    else:
+        loss = loss_of(classes, choices, residual, price)
+        assert loss is not None
+        assert best is not None
+        assert best <= loss < incumbent
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_of_a_few_that_fills_the_budget_is_found(count, sign):
+    # Powers of three: only one subset sums to the residual.
+    classes = [Class(np.array([sign * 3**k]), np.array([0])) for k in range(12)]
+    wanted = [1, 5, 8, 11][:count]
+    residual = sign * sum(3**k for k in wanted)
+    choices = best_exchange(classes, residual, 10, 10**6, 0)
+    assert choices is not None
+    assert [k for k, choice in enumerate(choices) if choice] == wanted
+
+
+def test_spending_and_freeing_make_up_for_each_other():
+    classes = [Class(np.array([m]), np.array([0])) for m in (100, 41, -63, -7)]
+    choices = best_exchange(classes, 30, 5, 10**6, 0)
+    assert choices is not None
+    # 100 - 63 - 7 = 30.
+    assert choices == [1, 0, 1, 1]
+
+
+def test_more_deviations_than_are_looked_at():
+    rng = np.random.default_rng(0)
+    moves = rng.integers(10**5, 10**6, 1500) * 2
+    classes = [Class(np.array([m]), np.array([0])) for m in moves]
+    residual, price = int(moves[700:704].sum()), 3
+    choices = best_exchange(classes, residual, price, price * residual, 0)
+    assert choices is not None
+    loss = loss_of(classes, choices, residual, price)
+    assert loss is not None
+    # Pairs of pairs are so many that the budget is filled almost to the last unit.
+    assert loss <= price * 100
+
+
+def test_a_target_is_good_enough():
+    classes = [Class(np.array([m]), np.array([0])) for m in range(2, 900)]
+    choices = best_exchange(classes, 1, 7, 100, 7)
+    assert choices == [0] * len(classes)
+    assert best_exchange(classes, 1, 7, 7, 7) is None
+
+
+def test_one_option_a_class():
+    group = Class(np.array([2, 3]), np.array([0, 0]))
+    # 2 + 3 would fill the budget, but they exclude each other.
+    assert best_exchange([group], 5, 1, 100, 0) == [2]
+
+
+def test_no_deviations():
+    assert best_exchange([], 4, 3, 100, 0) == []
+    assert best_exchange([], 4, 3, 12, 0) is None
+    assert best_exchange([], -1, 3, 100, 0) is None
