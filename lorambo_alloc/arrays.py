@@ -134,7 +134,7 @@ def _real(data: Any, where: str, expected: str) -> npt.NDArray[Any]:
     except Exception as error:
         kind_of = type(data).__name__
         raise ValueError(f"{where}: expected {expected}, got {kind_of}: {error}") from error
-    if array.dtype == np.float64 or array.dtype == np.float32:
+    if array.dtype.kind == "f" and array.dtype.itemsize in (4, 8):
         return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     if array.dtype.kind in "iu" or array.dtype == np.float16:
         return array.astype(np.float64)

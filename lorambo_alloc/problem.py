@@ -135,11 +135,8 @@ class Problem:
             allowed_ranks,
             tied,
         )
-        self.lower, self.upper, self.groups = (
-            self.limits.lower,
-            self.limits.upper,
-            self.limits.groups,
-        )
+        self.lower, self.upper = self.limits.lower, self.limits.upper
+        self.groups = self.limits.groups
         if isinstance(budget, UniformRank):
             self.budget = budget.cost(self.costs, self.fixed_costs)
         else:

@@ -86,12 +86,13 @@ def cardinality_cut(form: ConcaveForm, waste: int) -> Cut | None:
     most = most_ranks(costs, room, budget)
     fewest = fewest_ranks(costs, room, budget - waste)
     if most <= taken:
-        limit, low, high = most, 0.0, form.largest_gain()
+        limit, least, greatest = most, 0.0, form.largest_gain()
     elif fewest > taken:
-        limit, low, high = fewest, -form.largest_gain(), 0.0
+        limit, least, greatest = fewest, -form.largest_gain(), 0.0
     else:
         return None
     # The bound is convex in the rank price; its slope is the limit minus the ranks taken.
+    low, high = least, greatest
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         if int(np.sum(form.relax(middle).ranks - form.problem.lower)) >= limit:
@@ -102,7 +103,7 @@ def cardinality_cut(form: ConcaveForm, waste: int) -> Cut | None:
     cuts = [
         Cut(relaxed.price, q, form.bound(relaxed, q) + Fraction(q) * limit)
         for q in candidates
-        if (q >= 0) == (limit == most)
+        if least <= q <= greatest
         for relaxed in [form.relax(q)]
     ]
     return min(cuts, key=lambda cut: cut.bound)

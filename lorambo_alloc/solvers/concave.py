@@ -148,7 +148,8 @@ class ConcaveForm:
         order = np.argsort(-densities)
         residual = self._budget - self._spent(inner)
         taken = _affordable_prefix(costs[order], residual)
-        price = float(densities[order[taken]])
+        # A density may underflow; a price of 0 means that the budget does not bind.
+        price = max(float(densities[order[taken]]), math.ulp(0.0))
         residual -= int(costs[order[:taken]].sum())
         ranks = inner + np.bincount(rows[order[:taken]], minlength=len(inner))
         feasible = ranks.copy()
@@ -204,7 +205,9 @@ class ConcaveForm:
         high = np.minimum(ranks + reach, self._upper)
         items = self._around(low, high)
         level = price * self._costs[items.rows]
-        penalties = np.abs(items.gains - level) - level * 2.0**-50
+        # Negative where the ranks are no best response, which rounding may have hidden.
+        taken = items.ranks <= ranks[items.rows]
+        penalties = np.where(taken, items.gains - level, level - items.gains) - level * 2.0**-50
         # Beyond the last one looked at, a layer's penalties only grow.
         ends = (items.ranks == low[items.rows] + 1) & (low > self._lower)[items.rows]
         ends |= (items.ranks == high[items.rows]) & (high < self._upper)[items.rows]

@@ -46,7 +46,7 @@ class _Setting:
         core: best responses and deviations.
         left: reduced units of budget that the best responses leave over (may be negative).
         loss: what the incumbent lacks to the Lagrangian value of the best responses, exactly.
-        step: all values that the core can reach differ by multiples of so many units.
+        step: what the core can reach differs from the incumbent by multiples of so many units.
         beyond: no deviation outside the core has a smaller penalty.
     """
 
@@ -115,6 +115,8 @@ class Search:
 
     def allocation(self, method: str) -> Allocation:
         """The incumbent with its certificate, made out by the named method."""
+        if self.gap < 0:
+            raise RuntimeError("the search contradicts itself; please report this problem")
         certificate = Certificate.of(
             self._problem.value_of(self.ranks),
             self.gap,
@@ -182,7 +184,9 @@ class Search:
                 continue
             limit = int(math.ldexp(window, -fixed.exponent)) + 1
             core = self._form.core(items, fixed, ranks, limit)
-            step = 1 if core.low else 1 << max(last_bit - fixed.exponent, 0)
+            # The incumbent's deviations lie in a complete core, but not always in the nearest.
+            whole = beyond == math.inf and not core.low
+            step = 1 << max(last_bit - fixed.exponent, 0) if whole else 1
             left, loss = self._left(core.ranks), self._loss(price, core.ranks)
             return _Setting(fixed, core, left, loss, step, beyond)
         return None

@@ -28,11 +28,11 @@ def test_value_is_minus_the_largest_discarded_value():
 
 
 def test_what_is_left_goes_to_the_next_worst():
-    # The threshold 4 needs one rank of a; of the 5 left over, b's rank at 3 is affordable.
+    # The threshold 3.5 needs two ranks of a; c is too dear, and b takes what is left.
     spectra = {"a": [5.0, 4.0], "b": [3.0, 2.0], "c": [3.5]}
     problem = Problem(spectra, 10, costs=[4, 2, 9], objective="operator")
-    assert tails_of(problem) == (3.5, 3.0, 0.0)
-    assert solve(problem).ranks.tolist() == [2, 0, 0]
+    assert tails_of(problem) == (3.5, 2.0, 0.0)
+    assert solve(problem).ranks.tolist() == [2, 1, 0]
 
 
 def test_a_layer_that_is_too_dear_is_set_aside():

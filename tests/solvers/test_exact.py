@@ -146,16 +146,15 @@ def test_the_number_of_ranks_is_priced_where_gains_follow_the_costs():
         assert allocation.certificate.status == "optimal_exact"
 
 
-@pytest.mark.parametrize("budget", [0, 5, 6, 10**9])
-def test_certificates_carry_the_price_per_unit_of_cost(budget):
+def test_certificates_carry_the_price_per_unit_of_cost():
     # Costs share the divisor 6; the price is per unit, not per 6 units.
-    allocation = allocate({"a": [4.0, 2.0]}, budget, costs=[6])
-    price = allocation.certificate.price
-    if budget == 6:
-        assert price == pytest.approx(4.0 / 6)
-    if budget == 10**9:
-        assert price == 0.0
+    spectra = {"a": [4.0, 2.0], "b": [3.0]}
+    allocation = allocate(spectra, 6, costs=[6, 6])
+    assert allocation.certificate.price == 9.0 / 6
     check_answer(allocation)
+    general = allocate(spectra, 6, costs=[6, 6], allowed_ranks=[0, 1, 2])
+    assert 9.0 / 6 <= general.certificate.price <= 16.0 / 6
+    assert allocate(spectra, 10**9, costs=[6, 6]).certificate.price == 0.0
 
 
 def test_ranks_of_a_gap_at_the_end_of_what_doubles_hold():
