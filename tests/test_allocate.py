@@ -50,7 +50,7 @@ def test_keywords_reach_the_problem():
     assert problem.weights.tolist() == [2.0, 1.0]
     assert problem.tied == (("q", "v"),)
     assert [problem.allowed_ranks(i).tolist() for i in range(2)] == [[1], [1]]
-    assert allocate(SPECTRA, 9, multiple_of=2).problem.multiple_of == 2
+    assert allocate(SPECTRA, 9, multiple_of=2).problem.allowed_ranks(0).tolist() == [0, 2]
     assert allocate(SPECTRA, 9, shapes=keywords["shapes"]).problem.costs.tolist() == [12, 11]
 
 

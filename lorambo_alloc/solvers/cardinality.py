@@ -25,8 +25,11 @@ import numpy as np
 
 from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.solvers.concave import ConcaveForm
+from lorambo_alloc.solvers.core_program import Class
+from lorambo_alloc.solvers.exchange import best_exchange
 
 _BISECTIONS = 64
+_ROUNDS = 8  # of exchanges
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Cut:
     Attributes:
         price: gain per reduced unit of cost.
         rank_price: gain per rank.
+        ranks: the number of ranks beyond the least ones that the limit allows.
         bound: no solution (better than the incumbent) has a value above this.
     """
 
     price: float
     rank_price: float
+    ranks: int
     bound: Fraction
 
 
@@ -101,12 +106,53 @@ def cardinality_cut(form: ConcaveForm, waste: int) -> Cut | None:
             high = middle
     candidates = {low, high, *(_rounded(low, bits) for bits in (12, 24, 36))}
     cuts = [
-        Cut(relaxed.price, q, form.bound(relaxed, q) + Fraction(q) * limit)
+        Cut(relaxed.price, q, limit, form.bound(relaxed, q) + Fraction(q) * limit)
         for q in candidates
         if least <= q <= greatest
         for relaxed in [form.relax(q)]
     ]
     return min(cuts, key=lambda cut: cut.bound)
+
+
+def swaps_at_limit(form: ConcaveForm, cut: Cut) -> IntArray | None:
+    """Ranks as many as the limit, near-best at the cut's prices, that spend the budget well.
+
+    A heuristic: the break solution, with one rank more where the limit asks for that, and then
+    exchanges of equally many ranks given and taken.
+    """
+    ranks = form.relax().ranks
+    missing = cut.ranks - int(np.sum(ranks - form.problem.lower))
+    if missing not in (0, 1):
+        return None
+    costs, room, budget = form.free_ranks()
+    least = form.problem.lower
+    prices = cut.price * costs + cut.rank_price
+    layers = np.arange(len(ranks), dtype=np.int64)
+    if missing:
+        scores = np.where(ranks < least + room, form.next_gains(ranks) - prices, -np.inf)
+        ranks = ranks + (layers == np.argmax(scores))
+    spends, frees = ranks < least + room, ranks > least
+    # Penalties of one rank more and one less in whole units, as fine as doubles allow.
+    more = np.abs(prices - form.next_gains(ranks))
+    less = np.abs(form.last_gains(ranks) - prices)
+    unit = math.ldexp(max(float(np.max(prices, initial=0.0)), cut.price), -44)
+    classes: list[Class] = []
+    for i in layers.tolist():
+        cost = int(costs[i])
+        options = [(cost, more[i])] * bool(spends[i]) + [(-cost, less[i])] * bool(frees[i])
+        moves = np.array([move for move, _ in options], dtype=np.int64)
+        penalties = np.array([penalty / unit for _, penalty in options])
+        classes.append(Class(moves, penalties.astype(np.int64)))
+    price = max(int(cut.price / unit), 1)
+    left = budget - int(np.dot(costs, ranks - least))
+    choices = best_exchange(classes, left, price, 1 << 58, 0, rounds=_ROUNDS, balanced=True)
+    if choices is None:
+        return None
+    taken = [
+        int(np.sign(group.moves[choice - 1])) if choice else 0
+        for group, choice in zip(classes, choices, strict=True)
+    ]
+    return ranks + np.array(taken, dtype=np.int64)
 
 
 def _rounded(value: float, bits: int) -> float:

@@ -174,6 +174,15 @@ class ConcaveForm:
         rows = np.flatnonzero(self._upper > self._lower)
         return float(np.max(self._gains.at(rows, self._lower[rows] + 1), initial=0.0))
 
+    def next_gains(self, ranks: IntArray) -> FloatArray:
+        """What each layer's next rank gains (any number where it has none)."""
+        rows = np.arange(len(ranks), dtype=np.int64)
+        return self._gains.at(rows, np.minimum(ranks + 1, np.maximum(self._upper, 1)))
+
+    def last_gains(self, ranks: IntArray) -> FloatArray:
+        """What each layer's last rank gains (any number where it has none)."""
+        return self._gains.at(np.arange(len(ranks), dtype=np.int64), np.maximum(ranks, 1))
+
     def last_bit_of_all(self) -> int:
         """The greatest e such that every gain is a whole multiple of 2^e."""
         return last_bit(self._gains.selected(self._lower, self._upper)[2])

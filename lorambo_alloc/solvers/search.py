@@ -15,7 +15,7 @@ from lorambo_alloc.arithmetic import round_up
 from lorambo_alloc.certificate import Certificate
 from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.problem import Problem
-from lorambo_alloc.solvers.cardinality import cardinality_cut
+from lorambo_alloc.solvers.cardinality import cardinality_cut, swaps_at_limit
 from lorambo_alloc.solvers.concave import ConcaveForm
 from lorambo_alloc.solvers.core import Core, Form, Price, Relaxed
 from lorambo_alloc.solvers.core_program import Outcome, solve_core
@@ -23,8 +23,11 @@ from lorambo_alloc.solvers.exchange import best_exchange
 from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
 
 _NEAREST = 64  # deviations in the first run
-_STATES = (256, 4096, 1 << 16, 1 << 20)  # states held, run by run
-_LAST_RESORT = 4096  # after this run: exchanges, and a price on the number of ranks
+_STATES = (256, 512, 4096, 1 << 16, 1 << 20)  # states held, run by run
+# With so many states, or where the core has so many classes that states are soon too many, other
+# means are tried: exchanges, and a price on the number of ranks.
+_MANY = 4096
+_WIDE = 128
 _MAX_DEVIATIONS = 2_000_000  # above, the bound of the price stands alone
 _LIMIT = 1 << 59  # units of loss; larger ones could overflow in sums
 
@@ -109,9 +112,16 @@ class Search:
         if states is None or self._late():
             return False
         core = self._nearest() if states == _STATES[0] else self._deviations()
-        if core is not None:
-            self._search(core, states)
-        return core is not None
+        if core is None:
+            return False
+        self._search(core, states)
+        whole = core.beyond == math.inf
+        wide = len(core.core.classes) > _WIDE
+        if not self.closed and whole and (states == _MANY or (states < _MANY and wide)):
+            self._exchange(core, rounds=64 if states == _MANY else 3)
+            if wide == (states < _MANY):
+                self._price_ranks(core)
+        return True
 
     def allocation(self, method: str) -> Allocation:
         """The incumbent with its certificate, made out by the named method."""
@@ -200,9 +210,6 @@ class Search:
         loss = setting.loss
         if outcome.choices is not None:
             loss -= self.offer(self._form.apply(setting.core, outcome.choices))
-        last_resort = states == _LAST_RESORT
-        if outcome.bound < outcome.loss and last_resort:
-            loss -= self._exchange(setting, outcome)
         low = setting.core.low * setting.unit
         # A solution with a deviation outside the core loses at least what that one does.
         bound = outcome.bound
@@ -211,8 +218,6 @@ class Search:
         gap = max(loss - bound * setting.unit + low, Fraction(0))
         self._gap = gap if self._gap is None else min(self._gap, gap)
         self.closed = bound == outcome.loss or self._gap == 0
-        if not self.closed and last_resort:
-            self._price_ranks(setting.price, loss + low)
 
     def _window(self) -> float:
         """No solution that loses more than this matters."""
@@ -222,27 +227,40 @@ class Search:
             loss = self._gap
         return max(round_up(loss), 0.0) * (1 + 2.0**-20)
 
-    def _exchange(self, setting: _Setting, outcome: Outcome) -> Fraction:
-        """Look for a better incumbent among exchanges of a few deviations; what it gained."""
-        core, price = setting.core, setting.price.units
-        choices = best_exchange(core.classes, setting.left, price, outcome.loss, outcome.bound)
-        if choices is None:
-            return Fraction(0)
-        return self.offer(self._form.apply(setting.core, choices))
+    def _exchange(self, setting: _Setting, rounds: int) -> None:
+        """Look for a better incumbent among exchanges of a few deviations."""
+        core, price = setting.core, setting.price
+        loss = self._loss(price.value, core.ranks)
+        incumbent, target = (math.ceil(x / setting.unit) for x in (loss, loss - self.gap))
+        if setting.searchable:
+            choices = best_exchange(
+                core.classes,
+                setting.left,
+                price.units,
+                incumbent,
+                target,
+                rounds=rounds,
+                deadline=self._deadline,
+            )
+            if choices is not None:
+                self.offer(self._form.apply(core, choices))
+        self.closed = self.gap == 0
 
-    def _price_ranks(self, price: Price, loss: Fraction) -> None:
-        """Tighten the gap by a price on the number of ranks, where that number is limited.
-
-        Args:
-            price: the price per unit of cost.
-            loss: what the incumbent lacks to the bound of that price.
-        """
-        form = self._form
-        if not isinstance(form, ConcaveForm) or form.size_of_all() > _MAX_DEVIATIONS:
+    def _price_ranks(self, setting: _Setting) -> None:
+        """Tighten the gap by a price on the number of ranks, where that number is limited."""
+        form, price = self._form, setting.price.value
+        if self.closed or not isinstance(form, ConcaveForm):
             return
-        cut = cardinality_cut(form, math.floor(loss / Fraction(price.value)))
+        if form.size_of_all() > _MAX_DEVIATIONS:
+            return
+        # A better solution wastes less budget than the incumbent's whole loss is worth.
+        loss = self._loss(price, setting.core.ranks) + setting.core.low * setting.unit
+        cut = cardinality_cut(form, math.floor(loss / Fraction(price)))
         if cut is None:
             return
+        swapped = swaps_at_limit(form, cut)
+        if swapped is not None:
+            self.offer(swapped)
         # Values are whole multiples of a step, and so is what a better one has more.
         step = Fraction(2) ** form.last_bit_of_all()
         ahead = cut.bound - self._problem.value_of(self.ranks)

@@ -51,15 +51,15 @@ def check_relaxed(form: ConcaveForm) -> None:
     # Best responses to the price: gains above it taken, gains below it not.
     assert problem.gains is not None
     left = problem.spendable - problem.cost_of(relaxed.ranks)
-    price = relaxed.price / form.unit
     refused = []
     for i, rank in enumerate(relaxed.ranks.tolist()):
         gains = problem.gains.row(i)[int(problem.lower[i]) : upper[i]]
         taken = rank - int(problem.lower[i])
-        level = price * float(problem.costs[i])
-        assert np.all(gains[:taken] >= level * (1 - 1e-12))
-        assert np.all(gains[taken:] <= level * (1 + 1e-12))
-        if taken < len(gains) and gains[taken] >= level * (1 - 1e-12):
+        level = relaxed.price * float(problem.costs[i] // form.unit)
+        below, above = level * (1 - 1e-12), level * (1 + 1e-12) + 2.0**-1060
+        assert np.all(gains[:taken] >= below)
+        assert np.all(gains[taken:] <= above)
+        if taken < len(gains) and gains[taken] >= below:
             refused.append(int(problem.costs[i]))
     # The budget stops at an increment worth the price: one of these does not fit any more.
     assert refused

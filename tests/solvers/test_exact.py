@@ -126,6 +126,30 @@ def test_a_deviation_outside_the_nearest_ones_is_no_proof():
         check_optimum(search.allocation("in the end"), optimum)
 
 
+def test_a_price_that_gives_up_bits_moves_the_best_responses():
+    n = 2**53
+    gains = {"a": [n - 3.0], "b": [n - 1.0, n - 1.0], "c": [n - 6.0], "d": [float(n), float(n)]}
+    costs = {"a": n - 2, "b": n, "c": n - 5, "d": n}
+    for budget in (36304452848324140, 3 * n, 3 * n - 7, 4 * n + 11, n):
+        allocation = allocate(GainCurves.from_increments(gains), budget, costs=costs)
+        check_optimum(allocation, brute_force(allocation.problem)[0])
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_costs_that_leave_gains_no_bits(seed):
+    rng = np.random.default_rng(seed)
+    layers = int(rng.integers(2, 5))
+    top = int(rng.choice([2**53, 10**9, 2**40]))
+    costs = (top - rng.integers(0, 9, layers)).tolist()
+    rows = [
+        -np.sort(-(rng.integers(1, 4, 3) * float(c) - rng.integers(0, 9, 3))) for c in costs
+    ]
+    keywords = {"costs": costs} | ({"multiple_of": 2} if seed % 3 == 0 else {})
+    budget = int(rng.uniform(0, 3) * sum(costs))
+    allocation = allocate(GainCurves.from_increments(rows), budget, **keywords)
+    check_optimum(allocation, brute_force(allocation.problem)[0])
+
+
 def test_a_price_that_underflows_is_not_a_price_of_nothing():
     curves = GainCurves.from_increments(
         {"a": [1.0], "b": [5e-324, 5e-324], "c": [1e-323, 1e-323]}

@@ -26,11 +26,8 @@ def test_brute_force_is_the_maximum_over_all_feasible_ranks(instance: Instance):
 @settings(max_examples=examples(0.5))
 def test_the_dynamic_program_agrees(instance: Instance):
     problem = instance.problem()
-    if problem.spendable <= 10_000:
+    if problem.spendable <= 10_000:  # else the table is too large, unless the costs share a divisor
         assert dynamic_program(problem) == brute_force(problem)[0]
-    else:
-        with pytest.raises(ValueError, match="expected at most .* table updates"):
-            dynamic_program(problem, most=10_000)
 
 
 @given(instances(objective="operator"))
