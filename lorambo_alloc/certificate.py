@@ -14,6 +14,7 @@ from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.problem import Problem
 from lorambo_alloc.verification import (
     SCALE,
+    CertificateError,
     better_exists,
     integer,
     responses,
@@ -32,10 +33,6 @@ MEANING: dict[Status, str] = {
 
 # A gap above this share of the value is not called rounding.
 _ROUNDING = Fraction(1, 1 << 40)
-
-
-class CertificateError(ValueError):
-    """A certificate claims what is not so."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +138,15 @@ class Certificate:
         """
         if self.status not in get_args(Status):
             raise CertificateError(f"unknown status {self.status!r}")
-        ranks = np.asarray(ranks)
         try:
+            ranks = problem.parse_ranks(ranks)
             problem.check(ranks)
         except ValueError as error:
             raise CertificateError(str(error)) from error
-        if not (math.isfinite(self.price) and self.price >= 0):
-            raise CertificateError(f"expected a finite price >= 0, got {self.price}")
+        if not _is_price(self.price) or not self._cut_is_well_formed():
+            raise CertificateError(
+                f"expected finite prices >= 0 per unit of cost, got {self.price!r}, {self.cut!r}"
+            )
         if problem.objective.kind == "operator":
             return self._verify_bottleneck(problem, ranks)
         answers = list(responses(problem, ranks, self.price))
@@ -175,15 +174,17 @@ class Certificate:
             )
         return Verification(value, bound, "unfinished" if found is None else "search")
 
+    def _cut_is_well_formed(self) -> bool:
+        if self.cut is None:
+            return True
+        return len(self.cut) == 2 and _is_price(self.cut[0]) and _is_price(abs(self.cut[1]))
+
     def _cut_proves(
         self, problem: Problem, ranks: IntArray, claimed: Fraction, bound: Fraction
     ) -> bool:
         """Whether the two prices show that no value above the claimed one is possible."""
         if self.cut is None or not problem.concave_unit_steps or self.price <= 0:
             return False
-        price, rank_price = self.cut
-        if not (math.isfinite(price) and price >= 0 and math.isfinite(rank_price)):
-            raise CertificateError(f"expected finite prices, the first >= 0, got {self.cut}")
         # A value above `claimed` leaves so little of the price's bound for unspent budget.
         waste = math.floor((bound - claimed) / Fraction(self.price))
         proved = two_price_bound(problem, ranks, self.cut, waste)
@@ -235,3 +236,8 @@ class Certificate:
                 f"ranks of cost {least_cost} discard nothing as large as {worst!r}"
             )
         return Verification(value, value, "search")
+
+
+def _is_price(value: object) -> bool:
+    """Whether a figure of a certificate is a finite number >= 0."""
+    return isinstance(value, float) and 0 <= value < math.inf

@@ -84,10 +84,11 @@ class Gains:
         for part in chunks(len(upper), step):
             if whole and self.weights is None:
                 values = flat[offsets[part.start] : offsets[part.stop]]
+                values = values.astype(np.float64, copy=False)
                 if self._objective == schatten(2):
                     total += float(np.vdot(values, values))
                     continue
-                gains = self._objective.gains(values.astype(np.float64, copy=False))
+                gains = self._objective.gains(values)
             else:
                 rows = np.arange(part.start, part.stop, dtype=np.int64)
                 gains = self.selected(0 * upper[part], upper[part], rows)[2]

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lorambo_alloc.arithmetic import last_bit, to_fixed
+from lorambo_alloc.arithmetic import exact_sum, last_bit, to_fixed
 from lorambo_alloc.objectives import FloatArray, IntArray
 from lorambo_alloc.problem import Problem
 
@@ -81,13 +81,24 @@ class OptionTable:
         """
         best, lead = int(positions[0]), Fraction(0)  # lead: F(best) - F(the option before)
         for before, position in pairwise(positions.tolist()):
-            ranks = np.zeros((2, len(self.problem.names)), dtype=np.int64)
-            layers = list(self.members[variable])
-            ranks[0, layers], ranks[1, layers] = self.ranks[position], self.ranks[before]
-            lead -= self.problem.value_difference(ranks[0], ranks[1])
+            lead -= self._step(variable, int(self.ranks[before]), int(self.ranks[position]))
             if lead < 0:
                 best, lead = position, Fraction(0)
         return best
+
+    def _step(self, variable: int, low: int, high: int) -> Fraction:
+        """F(high) - F(low) of a variable, exactly."""
+        total = Fraction(0)
+        for i in self.members[variable]:
+            gains, totals = self.problem.gains, self.problem.totals
+            if gains is not None:
+                terms = gains.row(i)[low:high]
+                total += exact_sum(terms) if terms.any() else 0
+            else:
+                assert totals is not None
+                row = totals.row(i)
+                total += Fraction(float(row[high])) - Fraction(float(row[low]))
+        return total
 
     def last_bit(self, variable: int, positions: IntArray) -> int:
         """Exponent of the last bit set in any of the doubles that these options' F are sums of."""
@@ -143,6 +154,8 @@ def option_table(problem: Problem) -> OptionTable:
             value += curve[allowed]
             magnitude += float(np.abs(np.diff(curve[: int(allowed[-1]) + 1])).sum())
         errors.append(magnitude * (int(allowed[-1]) + len(layers) + 8) * 2.0**-52)
+        if unit > problem.spendable:
+            unit = 0 if not allowed.any() else unit  # the one option left is rank 0
         ranks.append(allowed)
         costs.append(unit * allowed + fixed * (allowed > 0))
         values.append(value)

@@ -234,13 +234,21 @@ class Problem:
         tails = np.where(inside, sigma, 0.0)
         return tails if self.weights is None else tails * self.weights
 
+    def parse_ranks(self, ranks: object) -> IntArray:
+        """A rank vector as int64; ValueError unless it is one whole number >= 0 a layer."""
+        array = np.asarray(ranks)
+        if array.shape != (len(self.names),) or (array.dtype.kind not in "iu" and array.size):
+            raise ValueError(
+                f"ranks: expected {len(self.names)} whole numbers, got {array.dtype} of shape "
+                f"{array.shape}"
+            )
+        for i in np.flatnonzero((array < 0) | (array > self.max_lengths))[:1].tolist():
+            raise ValueError(f"layer {self.names[i]!r}: rank {array[i]} is not allowed")
+        return array.astype(np.int64)
+
     def check(self, ranks: IntArray) -> None:
         """Raise ValueError unless the rank vector obeys every limit, tie and the budget."""
-        if ranks.shape != (len(self.names),) or ranks.dtype.kind not in "iu":
-            raise ValueError(
-                f"ranks: expected {len(self.names)} whole numbers, got {ranks.dtype} of shape "
-                f"{ranks.shape}"
-            )
+        ranks = self.parse_ranks(ranks)
         self.limits.check(ranks)
         cost = self.cost_of(ranks)
         if cost > self.budget:

@@ -14,11 +14,16 @@ from math import gcd
 
 import numpy as np
 
+from lorambo_alloc.arithmetic import round_up
 from lorambo_alloc.objectives import FloatArray, IntArray
 from lorambo_alloc.problem import Problem
 
 PLACES = 1074
 SCALE = 1 << PLACES
+
+
+class CertificateError(ValueError):
+    """A certificate claims what is not so."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Response:
     def alternatives(self, price: int, window: Fraction) -> list[tuple[int, int]]:
         """Cost change and penalty of every option less than the window from the best."""
         limit = int(window * SCALE)
-        cut = float(np.max(self.scores)) - float(window) * (1 + 2.0**-40) - 4 * self.error
+        reach = round_up(window) * (1 + 2.0**-40) + 4 * self.error
+        cut = float(np.max(self.scores)) - reach
         near = self.allowed[self.scores >= cut].tolist()
         result: list[tuple[int, int]] = []
         for rank, total in zip(near, exact_totals(self.problem, self.group, near), strict=True):
@@ -70,8 +76,12 @@ def responses(
             curve += row[allowed]
             magnitude += float(np.abs(np.diff(row)).sum()) + float(np.abs(row).max())
         cost = unit * allowed + fixed * (allowed > 0)
-        charge = rank_price * len(group) * allowed
-        scores = curve - price * cost - charge
+        with np.errstate(over="ignore"):
+            charge = rank_price * len(group) * allowed
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores = curve - price * cost - charge
+        if not np.all(np.isfinite(scores)):
+            raise CertificateError(f"the price {price!r} (or {rank_price!r} per rank) overflows")
         terms = int(allowed[-1]) + len(group) + 8
         error = (
             2.0**-52 * terms * (magnitude + price * float(cost[-1]) + abs(float(charge[-1])))

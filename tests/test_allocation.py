@@ -184,7 +184,6 @@ class TestFiles:
         assert one.fixed_costs.tolist() == other.fixed_costs.tolist()
         for i in range(len(a)):
             assert one.allowed_ranks(i).tolist() == other.allowed_ranks(i).tolist()
-            assert one.has_list(i) == other.has_list(i)
         assert type(one.curves) is type(other.curves)
         for name in a:
             assert one.curves[name].tolist() == other.curves[name].tolist()

@@ -122,11 +122,10 @@ class TestLimits:
         problem = Problem({**SPECTRA, "c": [1.0]}, 9, tied=[["c", "a"], ["b"]])
         assert problem.tied == (("c", "a"),)
         assert problem.variables == [(1,), (2, 0)]
-        assert [problem.has_list(i) for i in range(3)] == [False] * 3
 
     def test_lists_reach_through_ties(self):
         problem = Problem(SPECTRA, 9, tied=[["a", "b"]], allowed_ranks={"a": [0, 1]})
-        assert [problem.has_list(i) for i in range(2)] == [True, True]
+        assert ranks_of(problem) == [[0, 1], [0, 1]]
 
     @pytest.mark.parametrize(
         ("keywords", "special"),

@@ -205,6 +205,10 @@ class ConcaveForm:
         value = self.problem.value_of(ranks)
         return value + Fraction(relaxed.price) * left - Fraction(offset) * count + hidden
 
+    def respond(self, price: float) -> IntArray:
+        """The ranks whose gains exceed price * cost."""
+        return self._prefix(price * self._costs, self._lower, self._upper)
+
     def nearest(
         self, price: float, ranks: IntArray, count: int, window: float
     ) -> tuple[Increments, float]:

@@ -79,8 +79,8 @@ class Price:
         return self.value == price
 
     def coarser(self) -> float:
-        """A price near this one with a few bits less, which a slightly coarser point holds."""
-        return math.ldexp(max(self.units >> 8, 1), self.exponent + 8)
+        """A lower price with a few bits less, which a slightly coarser point holds; or 0."""
+        return math.ldexp(self.units >> 4, self.exponent + 4)
 
 
 class Form(Protocol):
@@ -92,6 +92,10 @@ class Form(Protocol):
 
     def relax(self) -> Relaxed:
         """Find the price and the break solution."""
+        ...
+
+    def respond(self, price: float) -> IntArray:
+        """Best responses to a price, up to rounding; their cost may exceed the budget."""
         ...
 
     def nearest(

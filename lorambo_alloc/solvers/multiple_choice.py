@@ -136,6 +136,10 @@ class MultipleChoiceForm:
         scores = self._table.values - price * self._costs
         return scores[chosen][self._variables] - scores
 
+    def respond(self, price: float) -> IntArray:
+        """The best option of every variable at the price."""
+        return self._table.ranks_of(self._best(price))
+
     def nearest(
         self, price: float, ranks: IntArray, count: int, window: float
     ) -> tuple[Positions, float]:

@@ -37,7 +37,8 @@ def form_of(problem: Problem) -> Form:
     return ConcaveForm(problem) if problem.concave_unit_steps else MultipleChoiceForm(problem)
 
 
-_Chooser: TypeAlias = Callable[[float, IntArray], tuple[Any, float]]
+# Deviations, a lower bound on the penalty of all others, and the window of the options.
+_Choice: TypeAlias = tuple[Any, float, float]
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,13 @@ class Search:
 
     def _nearest(self) -> _Setting | None:
         """The core of the nearest deviations, and how little any other could lose."""
-        window = self._window()
-        return self._set_at(
-            lambda price, ranks: self._form.nearest(price, ranks, _NEAREST, window), window
-        )
+
+        def nearest(price: float, ranks: IntArray) -> _Choice:
+            window = self._window()
+            items, beyond = self._form.nearest(price, ranks, _NEAREST, window)
+            return items, beyond, window
+
+        return self._set_at(nearest)
 
     def _deviations(self) -> _Setting | None:
         """The core of all deviations that a better solution may use; None: too many."""
@@ -170,27 +174,31 @@ class Search:
 
     def _set_within(self, window: float) -> _Setting | None:
         """The core of all deviations of penalty below the window; None: too many."""
-        return self._set_at(
-            lambda price, ranks: (self._form.within(price, ranks, window), math.inf), window
-        )
 
-    def _set_at(self, choose: _Chooser, window: float) -> _Setting | None:
+        def within(price: float, ranks: IntArray) -> _Choice:
+            return self._form.within(price, ranks, window), math.inf, window
+
+        return self._set_at(within)
+
+    def _set_at(self, choose: Callable[[float, IntArray], _Choice]) -> _Setting | None:
         """A core at a price that is exact in the core's fixed point; None: too many deviations.
 
         Args:
-            choose: the deviations at a price, and a lower bound on the penalty of all others.
-            window: options above it are left out.
+            choose: what to take at a price.
         """
         for _ in range(8):
             price, ranks = self._relaxed.price, self._relaxed.ranks
-            items, beyond = choose(price, ranks)
+            items, beyond, window = choose(price, ranks)
             if self._form.size(items) > _MAX_DEVIATIONS:
                 return None
             reach = max(self._form.reach(items, price, ranks), window)
             last_bit = self._form.last_bit(items)
             fixed = Price.of(price, reach, last_bit)
             if not fixed.holds(price):
-                self._relaxed = Relaxed(fixed.coarser(), ranks, self._relaxed.feasible)
+                # Costs so large that the price would have no bit left: no core at all.
+                if not (price := fixed.coarser()):
+                    return None
+                self._relaxed = Relaxed(price, self._form.respond(price), self._relaxed.feasible)
                 continue
             limit = int(math.ldexp(window, -fixed.exponent)) + 1
             core = self._form.core(items, fixed, ranks, limit)
@@ -198,6 +206,8 @@ class Search:
             whole = beyond == math.inf and not core.low
             step = 1 << max(last_bit - fixed.exponent, 0) if whole else 1
             left, loss = self._left(core.ranks), self._loss(price, core.ranks)
+            if loss > Fraction(window):
+                beyond = min(beyond, window)  # options above the window were left out
             return _Setting(fixed, core, left, loss, step, beyond)
         return None
 
@@ -210,6 +220,8 @@ class Search:
         loss = setting.loss
         if outcome.choices is not None:
             loss -= self.offer(self._form.apply(setting.core, outcome.choices))
+        if setting.beyond <= 0:
+            return  # the ranks may be no best responses: the incumbent counts, the bound does not
         low = setting.core.low * setting.unit
         # A solution with a deviation outside the core loses at least what that one does.
         bound = outcome.bound

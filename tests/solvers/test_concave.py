@@ -55,8 +55,9 @@ def check_relaxed(form: ConcaveForm) -> None:
     for i, rank in enumerate(relaxed.ranks.tolist()):
         gains = problem.gains.row(i)[int(problem.lower[i]) : upper[i]]
         taken = rank - int(problem.lower[i])
-        level = relaxed.price * float(problem.costs[i] // form.unit)
-        below, above = level * (1 - 1e-12), level * (1 + 1e-12) + 2.0**-1060
+        cost = float(problem.costs[i] // form.unit)
+        level, slack = relaxed.price * cost, 5e-324 * cost  # a price may be subnormal
+        below, above = level * (1 - 1e-12) - slack, level * (1 + 1e-12) + slack
         assert np.all(gains[:taken] >= below)
         assert np.all(gains[taken:] <= above)
         if taken < len(gains) and gains[taken] >= below:

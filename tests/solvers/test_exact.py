@@ -150,6 +150,16 @@ def test_costs_that_leave_gains_no_bits(seed):
     check_optimum(allocation, brute_force(allocation.problem)[0])
 
 
+def test_gains_beyond_the_reach_of_the_fixed_point():
+    spectra = {
+        "a": [3.4395525670743494e-136, 7.637340908749012e-152],
+        "b": [7.956566520223349e-140, 6.256509672447191e-148],
+    }
+    keywords = {"allowed_ranks": [1, 2], "costs": [900000000, 929276235]}
+    allocation = allocate(spectra, 2_758_552_470, **keywords)
+    check_optimum(allocation, brute_force(allocation.problem)[0])
+
+
 def test_a_price_that_underflows_is_not_a_price_of_nothing():
     curves = GainCurves.from_increments(
         {"a": [1.0], "b": [5e-324, 5e-324], "c": [1e-323, 1e-323]}

@@ -1,14 +1,22 @@
 """Exchanges: a heuristic, so what it returns is checked, and that it finds what it is made for."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorambo_alloc.solvers.core_program import Class
-from lorambo_alloc.solvers.exchange import best_exchange
+from lorambo_alloc.solvers.exchange import best_exchange as exchange
 from tests.solvers.test_core_program import classes_of, least_loss, loss_of
 from tests.strategies import core_classes, examples
+
+
+def best_exchange(
+    classes: list[Class], residual: int, price: int, incumbent: int, target: int
+) -> list[int] | None:
+    return exchange(classes, residual, price, incumbent, target, rounds=4)
 
 
 @given(core_classes(), st.integers(-15, 25), st.integers(1, 9), st.integers(0, 200))
@@ -82,3 +90,23 @@ def test_no_deviations():
     assert best_exchange([], 4, 3, 100, 0) == []
     assert best_exchange([], 4, 3, 12, 0) is None
     assert best_exchange([], -1, 3, 100, 0) is None
+
+
+def test_balanced_exchanges_spend_as_often_as_they_free():
+    moves = [8, 11, 17, 23, 31, -5, -7, -9, -13, -20]
+    classes = [Class(np.array([m]), np.array([0])) for m in moves]
+    for residual in range(30):
+        choices = exchange(classes, residual, 3, 10**6, 0, rounds=2, balanced=True)
+        assert choices is not None
+        signs = [np.sign(m) for m, choice in zip(moves, choices, strict=True) if choice]
+        assert sum(signs) == 0
+        loss = loss_of(classes, choices, residual, 3)
+        assert loss is not None
+        assert loss <= 3 * residual
+
+
+def test_no_rounds_and_no_time():
+    classes = [Class(np.array([5]), np.array([0]))]
+    assert exchange(classes, 5, 1, 100, 0, rounds=0) is None
+    assert exchange(classes, 5, 1, 100, 0, rounds=9, deadline=time.monotonic() - 1) is None
+    assert exchange(classes, 5, 1, 100, 0, rounds=1, deadline=time.monotonic() + 999) == [1]
