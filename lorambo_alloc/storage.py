@@ -6,9 +6,10 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +25,19 @@ def write(
     arrays: Mapping[str, npt.NDArray[Any]],
 ) -> None:
     """Write arrays and a JSON header to `path`; a failure leaves an older file as it was."""
-    target = Path(path)
     text = json.dumps({"kind": kind, "version": version, **header})
+    with replacing(path) as file:
+        np.savez_compressed(file, allow_pickle=False, header=np.array(text), **arrays)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write into that takes the place of `path` at the end, if all went well."""
+    target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, header=np.array(text), **arrays)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

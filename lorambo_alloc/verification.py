@@ -76,9 +76,8 @@ def responses(
             curve += row[allowed]
             magnitude += float(np.abs(np.diff(row)).sum()) + float(np.abs(row).max())
         cost = unit * allowed + fixed * (allowed > 0)
-        with np.errstate(over="ignore"):
-            charge = rank_price * len(group) * allowed
         with np.errstate(over="ignore", invalid="ignore"):
+            charge = rank_price * len(group) * allowed
             scores = curve - price * cost - charge
         if not np.all(np.isfinite(scores)):
             raise CertificateError(f"the price {price!r} (or {rank_price!r} per rank) overflows")

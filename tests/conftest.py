@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # What a strategy draws is judged by its tests' coverage; the time of a draw is not.
 _CALM = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -29,6 +29,17 @@ settings.register_profile(
     database=None,
     print_blob=True,
     suppress_health_check=_CALM,
+)
+# For mutation testing: few examples, and no time spent on making a failure small.
+settings.register_profile(
+    "mutation",
+    deadline=None,
+    max_examples=20,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+    # mutmut runs all tests several times in one process, each time with new test classes.
+    suppress_health_check=[*_CALM, HealthCheck.differing_executors],
 )
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from lorambo_adapters.arguments import budget_from, objective_from
 from lorambo_alloc import Allocation, Problem, Spectra, solve
+from lorambo_alloc.storage import replacing
 
 app = typer.Typer(
     help="Optimal LoRA ranks within a parameter budget, with a proof.",
@@ -74,8 +74,8 @@ def allocate(
     if json_file is not None:
         document = {"spectra": str(file), "objective": objective, **_as_json(allocation)}
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-        with _refusing(json_file):
-            _write_atomically(json_file, text)
+        with _refusing(json_file), replacing(json_file) as file:
+            file.write(text.encode())
     print(repr(allocation))
 
 
@@ -136,15 +136,6 @@ def _as_json(allocation: Allocation) -> dict[str, Any]:
             # Infinite beside a value of 0, and JSON knows no infinity.
             "relative_gap": relative_gap if math.isfinite(relative_gap) else None,
             "price": certificate.price,
+            "cut": certificate.cut,
         },
     }
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Write through a temporary file beside `path`: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -207,7 +207,7 @@ class ConcaveForm:
 
     def respond(self, price: float) -> IntArray:
         """The ranks whose gains exceed price * cost."""
-        return self._prefix(price * self._costs, self._lower, self._upper)
+        return self._prefix(price * self._costs.astype(np.float64), self._lower, self._upper)
 
     def nearest(
         self, price: float, ranks: IntArray, count: int, window: float

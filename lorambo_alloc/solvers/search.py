@@ -301,7 +301,7 @@ class Search:
         # Every solution moves the cost by a multiple of the moves' common divisor; the budget
         # that is left over at least is lost to all of them.
         divisor = math.gcd(*(move for group in core.classes for move in group.moves.tolist()))
-        lost = setting.left % divisor if divisor else setting.left
+        lost = setting.left % divisor if divisor else max(setting.left, 0)
         base = price * lost
         # What is better than the incumbent is better by a whole step at least.
         target = incumbent - base - setting.step + 1

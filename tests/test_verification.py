@@ -1,0 +1,160 @@
+"""The arithmetic behind `Certificate.verify`, against enumeration and fractions."""
+
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorambo_alloc import GainCurves, Problem
+from lorambo_alloc.testing import Instance
+from lorambo_alloc.verification import (
+    SCALE,
+    better_exists,
+    exact_totals,
+    integer,
+    responses,
+    two_price_bound,
+    value_step,
+)
+from tests.checks import all_feasible
+from tests.strategies import core_classes, examples, instances
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(finite)
+def test_integers_are_exact(value):
+    assert Fraction(integer(value), SCALE) == Fraction(value)
+
+
+def scores(problem: Problem, group, price: float, rank_price: float) -> dict[int, Fraction]:
+    """Exact score of every allowed rank of a variable."""
+    found = {}
+    for rank in problem.allowed_ranks(group[0]).tolist():
+        ranks = np.zeros(len(problem.names), dtype=np.int64)
+        ranks[list(group)] = rank
+        charge = Fraction(price) * problem.cost_at(group, rank)
+        found[rank] = problem.value_of(ranks) - charge - Fraction(rank_price) * rank * len(group)
+    return found
+
+
+prices = st.one_of(st.just(0.0), st.floats(1e-12, 1e3), st.floats(1e-300, 1e-200))
+
+
+@given(instances(), prices, st.one_of(st.just(0.0), st.floats(-5.0, 5.0)))
+@settings(max_examples=examples(1))
+def test_responses_are_exactly_the_best(instance: Instance, price: float, rank_price: float):
+    problem = instance.problem()
+    found = list(responses(problem, problem.lower, price, rank_price))
+    assert [response.group for response in found] == problem.variables
+    for response in found:
+        every = scores(problem, response.group, price, rank_price)
+        best = max(every.values())
+        assert Fraction(response.best, SCALE) == best
+        # Of equal ones the cheapest.
+        cheapest = min(rank for rank, score in every.items() if score == best)
+        assert response.best_cost == problem.cost_at(response.group, cheapest)
+    total = sum(response.value for response in found)
+    assert Fraction(total, SCALE) == problem.value_of(problem.lower)
+
+
+@given(instances(), prices, st.floats(0.0, 1.5))
+@settings(max_examples=examples(1))
+def test_alternatives_are_all_below_the_window(instance: Instance, price: float, share: float):
+    problem = instance.problem()
+    for response in responses(problem, problem.upper, price):
+        every = scores(problem, response.group, price, 0.0)
+        best = max(every.values())
+        window = Fraction(share) * (best - min(every.values()))
+        expected = sorted(
+            (problem.cost_at(response.group, rank) - response.best_cost, best - score)
+            for rank, score in every.items()
+            if best - score < Fraction(int(window * SCALE), SCALE)
+        )
+        found = sorted(
+            (cost, Fraction(penalty, SCALE))
+            for cost, penalty in response.alternatives(integer(price), window)
+        )
+        assert found == [pair for pair in expected if pair[0] != 0]
+
+
+@given(instances(), st.data())
+def test_totals_in_any_order(instance: Instance, data):
+    problem = instance.problem()
+    for group in problem.variables:
+        allowed = problem.allowed_ranks(group[0]).tolist()
+        ranks = data.draw(st.lists(st.sampled_from(allowed), max_size=5))
+        totals = exact_totals(problem, group, ranks)
+        every = scores(problem, group, 0.0, 0.0)
+        assert [Fraction(total, SCALE) for total in totals] == [every[rank] for rank in ranks]
+
+
+def brute(classes, left: int, price: int, window: int) -> bool:
+    for choice in product(*([(0, 0), *options] for options in classes)):
+        rest = left - sum(change for change, _ in choice)
+        if rest >= 0 and sum(penalty for _, penalty in choice) + price * rest < window:
+            return True
+    return False
+
+
+@given(core_classes(), st.integers(-15, 25), st.integers(0, 5), st.integers(0, 80))
+@settings(max_examples=examples(3))
+def test_a_better_choice_is_found_if_there_is_one(drawn, left, price, window):
+    classes = [list(zip(moves, penalties, strict=True)) for moves, penalties in drawn]
+    # The classes hold only penalties below the window, as `alternatives` makes them.
+    classes = [[(m, p) for m, p in options if p < window] for options in classes]
+    classes = [options for options in classes if options]
+    assert better_exists(classes, left, price, window, 10**6) == brute(classes, left, price, window)
+
+
+@given(core_classes(), st.integers(-15, 25), st.integers(0, 5), st.integers(0, 80))
+def test_little_effort_gives_no_wrong_answer(drawn, left, price, window):
+    classes = [list(zip(moves, penalties, strict=True)) for moves, penalties in drawn]
+    found = better_exists(classes, left, price, window, 3)
+    assert found in (None, brute(classes, left, price, window))
+
+
+def test_effort_is_counted():
+    classes = [[(3**k, 1)] for k in range(8)]
+    # Every subset is a state of its own; none fills the budget within the window.
+    assert better_exists(classes, 3**8, 1, 50, 10**6) is False
+    assert better_exists(classes, 3**8 // 2, 1, 5, 10) in (None, False)
+    assert better_exists([], 4, 3, 12, 0) is False
+    assert better_exists([], 4, 3, 13, 0) is True
+    assert better_exists([], -1, 3, 13, 0) is False
+
+
+def test_what_does_not_divide_stays_unspent():
+    # All changes are even, so that one unit of an odd budget is lost: 2 * 5 < 10 is false.
+    classes = [[(2, 0)], [(4, 0)], [(-2, 0)]]
+    assert better_exists(classes, 5, 10, 10, 10**6) is False
+    assert better_exists(classes, 5, 10, 11, 10**6) is True
+    assert better_exists(classes, -5, 10, 11, 10**6) is False
+
+
+@given(instances(concave=True), st.floats(0.0, 20.0), st.floats(-20.0, 20.0), st.integers(0, 30))
+@settings(max_examples=examples(1))
+def test_two_prices_bound_what_wastes_little(instance: Instance, price, rank_price, waste):
+    problem = instance.problem()
+    bound = two_price_bound(problem, problem.lower, (price, rank_price), waste)
+    for ranks in all_feasible(problem):
+        if rank_price >= 0 or problem.budget - problem.cost_of(ranks) <= waste:
+            assert problem.value_of(ranks) <= bound
+
+
+@pytest.mark.parametrize(
+    ("gains", "step"),
+    [
+        ({"a": [6.0, 4.0], "b": [10.0]}, 2),
+        ({"a": [6.0, 4.5]}, Fraction(3, 2)),
+        ({"a": [0.75]}, Fraction(3, 4)),
+        ({"a": [0.0]}, 0),
+        ({"a": [-4.0, -6.0]}, 2),
+        ({}, 0),
+    ],
+)
+def test_values_are_multiples_of_a_step(gains, step):
+    assert value_step(Problem(GainCurves.from_increments(gains), 9)) == step
