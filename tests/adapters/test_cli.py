@@ -290,12 +290,12 @@ class TestRefusals:
     def test_json_that_fails_half_way_leaves_the_older_file(
         self, capsys, spectra_file, tmp_path, monkeypatch
     ):
-        def full(self, target):
+        def full(source, target):
             raise OSError(28, "No space left on device")
 
         out = tmp_path / "out.json"
         out.write_text("an older file")
-        monkeypatch.setattr(Path, "replace", full)
+        monkeypatch.setattr("os.replace", full)
         said = refusal(capsys, "allocate", spectra_file, "--budget", "30", "--json", out)
         assert "out.json: No space left on device" in said
         assert out.read_text() == "an older file"
