@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import TypeAlias
 
 from lorambo_alloc.allocation import Allocation
 from lorambo_alloc.objectives import real_number
 from lorambo_alloc.problem import Problem
-from lorambo_alloc.solvers.bottleneck import solve_bottleneck
-from lorambo_alloc.solvers.exact import solve_exact
-from lorambo_alloc.solvers.milp import solve_milp
-from lorambo_alloc.solvers.water_filling import solve_water_filling
 
 Solver: TypeAlias = Callable[[Problem, float | None], Allocation]
 
-SOLVERS: dict[str, Solver] = {
-    "exact": solve_exact,
-    "water_filling": solve_water_filling,
-    "bottleneck": solve_bottleneck,
-    "milp": solve_milp,
+# By module and function, imported when first asked for: `import lorambo_alloc` stays quick.
+SOLVERS: dict[str, tuple[str, str]] = {
+    "exact": ("lorambo_alloc.solvers.exact", "solve_exact"),
+    "water_filling": ("lorambo_alloc.solvers.water_filling", "solve_water_filling"),
+    "bottleneck": ("lorambo_alloc.solvers.bottleneck", "solve_bottleneck"),
+    "milp": ("lorambo_alloc.solvers.milp", "solve_milp"),
 }
 
 
@@ -62,4 +60,6 @@ def solve(problem: Problem, solver: str = "auto", time_limit: float | None = Non
             f"method {solver!r} does not fit objective {str(problem.objective)!r}: "
             "'bottleneck' is for 'operator', and only that is"
         )
-    return SOLVERS[solver](problem, time_limit)
+    module, name = SOLVERS[solver]
+    function: Solver = getattr(import_module(module), name)
+    return function(problem, time_limit)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-import zipfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +31,8 @@ def write(
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Generator[BinaryIO]:
     """A file to write into that takes the place of `path` at the end, if all went well."""
+    import tempfile  # here, as it takes a while to import and most programs write no file
+
     target = Path(path)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -58,6 +58,8 @@ def read(
         FileNotFoundError: there is no such file.
         ValueError: the file is not one of this library's, of another kind, newer, or damaged.
     """
+    import zipfile
+
     place = os.fspath(path)
     # Opened here, because np.load leaves its own file open when a zip file is cut short.
     with open(path, "rb") as file:

@@ -3,8 +3,8 @@
 Profiles: `dev` is quick and random, `ci` is thorough and the same on every run.
 
 `HYPOTHESIS_PROFILE` (or pytest's `--hypothesis-profile`) chooses one; without it `ci` is used where
-the variable `CI` is set, and `dev` elsewhere. A property whose examples are slow or quick scales its
-share with `tests.strategies.examples`.
+the variable `CI` is set, and `dev` elsewhere. A property whose examples are slow or quick scales
+its share with `tests.strategies.examples`.
 """
 
 import json

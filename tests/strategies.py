@@ -83,7 +83,7 @@ def costs(layers: int) -> st.SearchStrategy[list[int]]:
     """Costs of one rank."""
 
     def of(kind: str) -> st.SearchStrategy[list[int]]:
-        size = {"min_size": layers, "max_size": layers}
+        size: dict[str, Any] = {"min_size": layers, "max_size": layers}
         if kind == "equal":
             return st.integers(1, 9).map(lambda c: [c] * layers)
         if kind == "few":

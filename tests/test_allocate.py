@@ -2,6 +2,7 @@
 
 import inspect
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def test_allocate_and_problem_take_the_same_keywords():
 
 
 def test_keywords_reach_the_problem():
-    keywords = {
+    keywords: dict[str, Any] = {
         "shapes": {"q": (3, 9), "v": (5, 6)},
         "costs": {"q": 2, "v": 3},
         "fixed_costs": {"q": 1, "v": 0},
@@ -133,34 +134,35 @@ class TestEdges:
 def test_ties_in_rounded_values_at_price_0():
     # Beside 1.0 the second gain vanishes in doubles, not in the sum.
     curves = GainCurves.from_increments({"a": [1.0, 1e-17]})
-    for keywords in ({"allowed_ranks": [1, 2]}, {"allowed_ranks": [0, 1, 2]}, {}):
-        allocation = allocate(curves, 9, **keywords)
+    for listed in ([1, 2], [0, 1, 2], None):
+        allocation = allocate(curves, 9, allowed_ranks=listed)
         assert allocation.ranks.tolist() == [2]
         check_optimum(allocation, 1 + Fraction(1e-17))
     worse = GainCurves.from_increments({"a": [1.0, -1e-17]})
-    for keywords in ({"allowed_ranks": [1, 2]}, {"allowed_ranks": [0, 1, 2]}, {}):
-        check_optimum(allocate(worse, 9, **keywords), Fraction(1))
+    for listed in ([1, 2], [0, 1, 2], None):
+        check_optimum(allocate(worse, 9, allowed_ranks=listed), Fraction(1))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_vanishing_gains_in_tied_layers(seed):
     rng = np.random.default_rng(seed)
     rows = {f"{i}": rng.choice([1.0, 1e-17, -1e-17, 0.0], 4) for i in range(3)}
-    keywords = {"tied": [["0", "1"]], "costs": [1, 2, 3]}
+    curves = GainCurves.from_increments(rows)
     for budget in (0, 5, 12, 99):
-        allocation = allocate(GainCurves.from_increments(rows), budget, **keywords)
+        allocation = allocate(curves, budget, costs=[1, 2, 3], tied=[["0", "1"]])
         check_optimum(allocation, brute_force(allocation.problem)[0])
 
 
 @pytest.mark.parametrize("budget", range(8))
 def test_the_bound_is_never_a_negative_zero(budget):
-    for spectra, keywords in (
+    cases: list[tuple[Any, dict[str, Any]]] = [
         ({"a": [0.0, 0.0]}, {}),
         (SPECTRA, {"objective": "operator"}),
         ({"a": [0.0]}, {"objective": "operator"}),
         (GainCurves.from_increments({"a": [-0.0, -1.0]}), {}),
         (GainCurves.from_increments({"a": [1.0, -1.0]}), {"allowed_ranks": [0, 2]}),
-    ):
+    ]
+    for spectra, keywords in cases:
         certificate = allocate(spectra, budget, **keywords).certificate
         for figure in (certificate.upper_bound, certificate.value, certificate.gap):
             assert figure != 0 or np.copysign(1.0, figure) == 1.0

@@ -1,7 +1,6 @@
 """The result: a mapping with a certificate, a table, and a file."""
 
 import dataclasses
-import re
 
 import numpy as np
 import pytest
@@ -280,7 +279,7 @@ class TestFiles:
         allocation.save(tmp_path / "file.npz")
         claim = dataclasses.asdict(allocation.certificate) | {"value": 20.0, "upper_bound": 20.0}
         again = Allocation.load(tampered(tmp_path / "file.npz", **{"header.certificate": claim}))
-        with pytest.raises(ValueError, match="the certificate claims 20.0"):
+        with pytest.raises(ValueError, match=r"the certificate claims 20.0"):
             again.certificate.verify(again.problem, again.ranks)
 
     def test_a_newer_file(self, tmp_path, allocation, tampered):

@@ -13,7 +13,8 @@ from lorambo_alloc.arithmetic import exact_sum, last_bit, round_down, round_up, 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 LARGEST = math.nextafter(math.inf, 0.0)
 fractions = st.one_of(
-    st.fractions(), st.builds(lambda n, e: Fraction(n) * Fraction(2) ** e, st.integers(), st.integers(-1200, 1000))
+    st.fractions(),
+    st.builds(lambda n, e: Fraction(n) * Fraction(2) ** e, st.integers(), st.integers(-1200, 1000)),
 )
 
 

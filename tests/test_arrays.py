@@ -175,7 +175,9 @@ def test_a_2d_array_is_viewed_and_not_copied(dtype):
     assert np.shares_memory(flatten(rows, "", "").flat, rows)
 
 
-@pytest.mark.parametrize("rows", [np.asfortranarray([[2.0, 1.0], [4.0, 3.0]]), np.array([[2, 9, 1], [4, 9, 3]])[:, ::2]])
+@pytest.mark.parametrize(
+    "rows", [np.asfortranarray([[2.0, 1.0], [4.0, 3.0]]), np.array([[2, 9, 1], [4, 9, 3]])[:, ::2]]
+)
 def test_a_2d_array_of_another_order_means_the_same(rows):
     layers = flatten(rows, "", "")
     assert [layers.row(0).tolist(), layers.row(1).tolist()] == [[2.0, 1.0], [4.0, 3.0]]
@@ -192,7 +194,10 @@ def test_no_layers(given):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (np.ones(3), "the spectra: expected a mapping .* one 2-D array, got an array of shape .3,."),
+        (
+            np.ones(3),
+            "the spectra: expected a mapping .* one 2-D array, got an array of shape .3,.",
+        ),
         (np.ones((1, 1, 1)), "the spectra: expected .* got an array of shape .1, 1, 1."),
         (5.0, "the spectra: expected .* got an array of shape ()"),
         ("abc", "the spectra: expected .* got dtype <U3"),

@@ -1,4 +1,4 @@
-"""The certificate: rounded outwards, verified from the problem alone, and not to be tampered with."""
+"""The certificate: rounded outwards, verified from the problem alone, not to be forged."""
 
 import dataclasses
 import math
@@ -161,10 +161,11 @@ def test_tampering_is_refused(instance: Instance, data):
             certificate.verify(problem, other)
 
 
+SPECTRA = {"a": [3.0, 2.0, 1.0], "b": [2.5, 0.5]}
+
+
 class TestRanks:
     """Ranks that break a limit, a tie or the budget, or are no ranks at all."""
-
-    SPECTRA = {"a": [3.0, 2.0, 1.0], "b": [2.5, 0.5]}
 
     @pytest.mark.parametrize(
         ("ranks", "limits", "expected"),
@@ -180,26 +181,26 @@ class TestRanks:
     )
     @pytest.mark.parametrize("objective", ["frobenius", "operator"])
     def test_refused(self, ranks, limits, expected, objective):
-        problem = Problem(self.SPECTRA, 4, objective=objective, **limits)
+        problem = Problem(SPECTRA, 4, objective=objective, **limits)
         certificate = solve(problem).certificate
         with pytest.raises(CertificateError, match=expected):
             certificate.verify(problem, np.array(ranks))
 
     def test_a_list_of_ranks_will_do(self):
-        allocation = allocate(self.SPECTRA, 4)
+        allocation = allocate(SPECTRA, 4)
         ranks = allocation.ranks.tolist()
         certificate = allocation.certificate
         assert certificate.verify(allocation.problem, ranks).value == certificate.value  # pyright: ignore[reportArgumentType]
 
     def test_a_rank_moved(self):
-        allocation = allocate(self.SPECTRA, 4, costs=[1, 2])
+        allocation = allocate(SPECTRA, 4, costs=[1, 2])
         for ranks in ([3, 0], [1, 1], [2, 0], [0, 1]):
             with pytest.raises(CertificateError, match="the ranks have value"):
                 allocation.certificate.verify(allocation.problem, np.array(ranks))
 
     def test_another_problem(self):
-        allocation = allocate(self.SPECTRA, 4, costs=[1, 2])
-        richer = Problem(self.SPECTRA, 5, costs=[1, 2])
+        allocation = allocate(SPECTRA, 4, costs=[1, 2])
+        richer = Problem(SPECTRA, 5, costs=[1, 2])
         with pytest.raises(CertificateError, match="above the claimed bound"):
             allocation.certificate.verify(richer, allocation.ranks)
 
@@ -221,7 +222,7 @@ class TestProof:
         claim = optimal_claim(problem, np.array([1, 0, 0]), 1.0)
         verification = claim.verify(problem, np.array([1, 0, 0]))
         assert (verification.proof, verification.price_bound) == ("search", 9.5)
-        with pytest.raises(CertificateError, match="above the claimed bound 5.5"):
+        with pytest.raises(CertificateError, match=r"above the claimed bound 5.5"):
             optimal_claim(problem, np.array([0, 0, 1]), 1.0).verify(problem, np.array([0, 0, 1]))
 
     def test_a_search_that_is_cut_short_says_so(self):
@@ -235,9 +236,9 @@ class TestProof:
         honest = Certificate("gap_certified", 5.5, 9.5, 4.0, 1.0, "by hand")
         assert honest.verify(problem, ranks).proof == "price"
         relabelled = dataclasses.replace(honest, status="optimal_within_rounding")
-        with pytest.raises(CertificateError, match="a gap of 4.0 is more than rounding"):
+        with pytest.raises(CertificateError, match=r"a gap of 4.0 is more than rounding"):
             relabelled.verify(problem, ranks)
-        with pytest.raises(CertificateError, match="needs the bound 5.5 and gap 0"):
+        with pytest.raises(CertificateError, match=r"needs the bound 5.5 and gap 0"):
             dataclasses.replace(honest, status="optimal_exact").verify(problem, ranks)
 
     def test_how_much_is_rounding(self):
@@ -288,7 +289,9 @@ class TestCut:
             weak = dataclasses.replace(certificate, cut=cut)
             assert weak.verify(problem, ranks).proof in ("search", "unfinished")
 
-    @pytest.mark.parametrize("cut", [(-1.0, 3.0), (math.nan, 3.0), (1.0, math.nan), (1.0, math.inf)])
+    @pytest.mark.parametrize(
+        "cut", [(-1.0, 3.0), (math.nan, 3.0), (1.0, math.nan), (1.0, math.inf)]
+    )
     def test_prices_that_are_none_are_refused(self, cut):
         problem, ranks, certificate = self.certificate()
         with pytest.raises(CertificateError, match="expected finite prices"):

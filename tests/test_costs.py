@@ -1,6 +1,8 @@
 """Costs, budgets and one value a layer."""
 
+import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,11 +31,13 @@ def test_whole_numbers_without_an_upper_end():
 
 @pytest.mark.parametrize(
     "value",
-    [2, -1, 3.5, float("nan"), float("inf"), -float("inf"), True, np.True_, "3", None, [3], 3j]
-    + [Fraction(7, 2), np.array([3, 4]), np.float64("nan")],
+    [
+        *(2, -1, 3.5, math.nan, math.inf, -math.inf, np.float64("nan"), True, np.True_, "3"),
+        *(None, [3], 3j, Fraction(7, 2), np.array([3, 4])),
+    ],
 )
 def test_what_is_no_whole_number(value):
-    with pytest.raises(ValueError, match="^here: expected a whole number >= 3, got "):
+    with pytest.raises(ValueError, match=r"^here: expected a whole number >= 3, got "):
         whole_number(value, "here", least=3)
 
 
@@ -42,8 +46,9 @@ def test_one_value_a_layer_by_name_or_in_order():
         return f"{where} = {value}"
 
     expected = ["what: layer 'a' = 1", "what: layer 'b' = 2"]
-    for given_values in ({"b": 2, "a": 1}, [1, 2], (1, 2), np.array([1, 2])):
-        assert per_layer(given_values, NAMES, "what", parse) == expected
+    forms: list[Any] = [{"b": 2, "a": 1}, [1, 2], (1, 2), np.array([1, 2])]
+    for form in forms:
+        assert per_layer(form, NAMES, "what", parse) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,10 @@ def test_one_value_a_layer_by_name_or_in_order():
         ("ab", "what: expected one value per layer, by name or in order, got 'ab'"),
         ({1, 2}, "what: expected one value per layer, by name or in order, got {1, 2}"),
         (iter([1, 2]), "what: expected one value per layer, by name or in order, got <list_it"),
-        ({"a": 1, "b": 2**53 + 1}, r"what: layer 'b': expected at most 2\^53, got 9007199254740993"),
+        (
+            {"a": 1, "b": 2**53 + 1},
+            r"what: layer 'b': expected at most 2\^53, got 9007199254740993",
+        ),
         ({"a": 1, "b": -1}, "what: layer 'b': expected a whole number >= 0, got -1"),
     ],
 )
@@ -110,5 +118,5 @@ def test_uniform_rank_of_no_layers():
 
 @pytest.mark.parametrize("rank", [-1, 1.5, float("nan"), "2", None, True])
 def test_uniform_rank_refuses(rank):
-    with pytest.raises(ValueError, match="^uniform_rank: expected a whole number >= 0, got "):
+    with pytest.raises(ValueError, match=r"^uniform_rank: expected a whole number >= 0, got "):
         uniform_rank(rank)

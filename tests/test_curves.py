@@ -53,8 +53,14 @@ class TestSpectra:
             ({"q": (3, 8)}, "layer 'v' is missing"),
             ({**SHAPES, "z": (1, 1)}, "layer 'z' is not among the spectra"),
             ({"q": (3, 8), "z": (8, 2)}, "layer 'z' is not among the spectra"),
-            ({**SHAPES, "q": (2, 8)}, "layer 'q': a 2 x 8 matrix has at most 2 singular values, got 3"),
-            ({**SHAPES, "v": (8, 1)}, "layer 'v': a 8 x 1 matrix has at most 1 singular values, got 2"),
+            (
+                {**SHAPES, "q": (2, 8)},
+                "layer 'q': a 2 x 8 matrix has at most 2 singular values, got 3",
+            ),
+            (
+                {**SHAPES, "v": (8, 1)},
+                "layer 'v': a 8 x 1 matrix has at most 1 singular values, got 2",
+            ),
             ([(3, 8), (8, 2)], "expected a mapping of layer name to value, got [(3, 8), (8, 2)]"),
             (5, "expected a mapping of layer name to value, got 5"),
         ],
@@ -165,7 +171,10 @@ class TestGainCurves:
         [
             ([1.0, 2.0], "expected a gain curve that starts with F(0) = 0, got F(0) = "),
             ([0.0, float("nan")], "expected a gain curve of finite numbers, got nan at index 1"),
-            ([0.0, 1.0, float("inf")], "expected a gain curve of finite numbers, got inf at index 2"),
+            (
+                [0.0, 1.0, float("inf")],
+                "expected a gain curve of finite numbers, got inf at index 2",
+            ),
             ([], "expected a non-empty gain curve, got one of length 0"),
             ([[0.0, 1.0]], "expected a 1-D gain curve, got an array of shape (1, 2)"),
             ([False, True], "expected a 1-D gain curve of real numbers, got dtype bool"),
@@ -193,10 +202,12 @@ class TestGainCurves:
     def test_curves_that_overflow_are_refused(self):
         with pytest.raises(ValueError, match="layer 'a': sums of gains may overflow"):
             allocate(GainCurves({"a": [0.0, 1e308, -1e308]}), 3)
-        with pytest.raises(ValueError, match="layer 'a'.*overflow"):
+        with pytest.raises(ValueError, match=r"layer 'a'.*overflow"):
             allocate(GainCurves({"a": [0.0, 1e308], "b": [0.0, 1e308]}), 3)
-        with pytest.raises(ValueError, match="layer 'b'.*finite numbers, got inf"):
-            allocate(GainCurves({"a": [0.0, 2.0**-60, 1.0], "b": [0.0, 1e300]}), 1, weights=[1, 1e9])
+        with pytest.raises(ValueError, match=r"layer 'b'.*finite numbers, got inf"):
+            allocate(
+                GainCurves({"a": [0.0, 2.0**-60, 1.0], "b": [0.0, 1e300]}), 1, weights=[1, 1e9]
+            )
 
     @pytest.mark.parametrize("objective", ["nuclear", "operator"])
     def test_an_objective_makes_no_sense(self, objective):

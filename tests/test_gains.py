@@ -12,9 +12,9 @@ from lorambo_alloc.arithmetic import exact_sum
 from lorambo_alloc.arrays import first_ascent
 from lorambo_alloc.gains import Gains
 from lorambo_alloc.objectives import parse_objective
+from lorambo_alloc.testing import brute_force
 from tests.checks import check_optimum
 from tests.strategies import seeds
-from lorambo_alloc.testing import brute_force
 
 SPECTRA = {"a": [5.0, 3.0, 1.0], "b": [4.0], "c": [2.0, 1.0]}
 

@@ -101,7 +101,7 @@ def test_data_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
 
 
 def test_the_wrong_kind(file):
-    with pytest.raises(ValueError, match="file.npz: expected a file of kind 'other', got 'thing'"):
+    with pytest.raises(ValueError, match=r"file.npz: expected a file of kind 'other', got 'thing'"):
         storage.read(file, "other", 2)
 
 
@@ -115,7 +115,7 @@ def test_truncated_anywhere(file):
     whole = file.read_bytes()
     for size in range(0, len(whole), 7):
         file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="file.npz: (expected an npz|the file is damaged)"):
+        with pytest.raises(ValueError, match=r"file.npz: (expected an npz|the file is damaged)"):
             storage.read(file, "thing", 2)
 
 
@@ -138,7 +138,7 @@ def test_a_flipped_byte_is_an_error_or_changes_nothing(file):
 )
 def test_what_is_no_npz_file(file, content):
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="file.npz: expected an npz file of lorambo-alloc"):
+    with pytest.raises(ValueError, match=r"file.npz: expected an npz file of lorambo-alloc"):
         storage.read(file, "thing", 2)
 
 
@@ -185,7 +185,7 @@ def test_a_pickle_inside_is_refused_and_not_run(file, tmp_path, member):
         arrays = {name: data[name] for name in data.files}
     arrays[member] = np.array([Pickled(marker)], dtype=object)
     np.savez(file, **arrays)
-    with pytest.raises(ValueError, match="file.npz: the file is damaged: .*allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"file.npz: the file is damaged: .*allow_pickle=False"):
         storage.read(file, "thing", 2)
     assert not marker.exists()
 

@@ -44,7 +44,9 @@ def by_layer(keywords: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """Keywords with what stands in layer order given by name."""
     ordered = {"costs", "fixed_costs", "weights"}
     return {
-        key: dict(zip(names, value, strict=True)) if key in ordered and isinstance(value, list) else value
+        key: dict(zip(names, value, strict=True))
+        if key in ordered and isinstance(value, list)
+        else value
         for key, value in keywords.items()
     }
 
@@ -54,7 +56,9 @@ def operator_too() -> st.SearchStrategy[Instance]:
 
 
 def solvers_for(instance: Instance) -> tuple[str, ...]:
-    return ("auto",) if instance.keywords.get("objective") == "operator" else ("auto", "water_filling")
+    return (
+        ("auto",) if instance.keywords.get("objective") == "operator" else ("auto", "water_filling")
+    )
 
 
 @given(operator_too())
@@ -238,7 +242,7 @@ def test_a_problem_solved_twice_gives_the_same(instance: Instance):
 def test_a_limit_never_helps(instance: Instance, limit: int):
     free = instance.problem()
     longest = int(np.max(free.lower, initial=0))
-    keywords = dict(instance.keywords) | {"max_rank": longest + limit}
+    keywords: dict[str, Any] = {**instance.keywords, "max_rank": longest + limit}
     try:
         limited = Problem(instance.spectra, instance.budget, **keywords)
     except ValueError:

@@ -62,7 +62,10 @@ def highs(problem: Problem) -> float:
         for rank in problem.allowed_ranks(layers[0]).tolist():
             gains.append(sum(float(problem.curve(i)[rank]) for i in layers))
             costs.append(
-                sum(int(problem.costs[i]) * rank + int(problem.fixed_costs[i]) * (rank > 0) for i in layers)
+                sum(
+                    int(problem.costs[i]) * rank + int(problem.fixed_costs[i]) * (rank > 0)
+                    for i in layers
+                )
             )
             owners.append(v)
     one_each = (np.arange(len(problem.variables))[:, None] == np.array(owners)).astype(float)
@@ -101,4 +104,6 @@ def test_against_highs(family: str, limits: str):
     value = check_answer(allocation)
     expected = highs(problem)
     assert float(value) == pytest.approx(expected, rel=1e-6)
-    assert float(problem.value_of(solve(problem, "milp").ranks)) == pytest.approx(expected, rel=1e-6)
+    assert float(problem.value_of(solve(problem, "milp").ranks)) == pytest.approx(
+        expected, rel=1e-6
+    )

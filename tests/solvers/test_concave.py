@@ -19,7 +19,7 @@ MANY = 1 << 59
 
 def random_problem(seed: int, layers: int = 60, ranks: int = 40, distinct: int = 5) -> Problem:
     rng = np.random.default_rng(seed)
-    values = -np.sort(-rng.random((layers, ranks)) ** 3, axis=1)
+    values = -np.sort(-(rng.random((layers, ranks)) ** 3), axis=1)
     costs = rng.integers(1, 100, distinct)[rng.integers(0, distinct, layers)] * 4
     budget = int(rng.integers(0, int(costs.sum()) * ranks))
     return Problem(values, budget, costs=costs.tolist())

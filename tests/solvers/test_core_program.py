@@ -19,9 +19,7 @@ def classes_of(drawn: list[tuple[list[int], list[int]]]) -> list[Class]:
     return [Class(np.array(moves), np.array(penalties)) for moves, penalties in drawn]
 
 
-def loss_of(
-    classes: list[Class], choices: Sequence[int], residual: int, price: int
-) -> int | None:
+def loss_of(classes: list[Class], choices: Sequence[int], residual: int, price: int) -> int | None:
     """The loss of one choice a class; None if it costs more than there is."""
     left, loss = residual, 0
     for group, choice in zip(classes, choices, strict=True):

@@ -5,10 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lorambo_alloc import GainCurves, Problem, allocate, solve
-from lorambo_alloc.solvers.concave import ConcaveForm
-from lorambo_alloc.solvers.exact import Search, form_of, solve_exact
-from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
+from lorambo_alloc import GainCurves, allocate, solve
+from lorambo_alloc.solvers.exact import solve_exact
 from lorambo_alloc.testing import (
     HARD_FAMILIES,
     brute_force,
@@ -18,12 +16,6 @@ from lorambo_alloc.testing import (
     power_law,
 )
 from tests.checks import check_answer, check_optimum
-
-
-def test_forms():
-    spectra = {"a": [2.0, 1.0]}
-    assert isinstance(form_of(Problem(spectra, 3)), ConcaveForm)
-    assert isinstance(form_of(Problem(spectra, 3, multiple_of=2)), MultipleChoiceForm)
 
 
 @pytest.mark.parametrize("shape", ["a", "b"])
@@ -64,66 +56,12 @@ def test_hard_families_against_a_full_dynamic_program(family, seed):
     check_optimum(solve(problem), dynamic_program(problem))
 
 
-@pytest.mark.parametrize("general", [False, True])
-def test_a_stopped_search_narrows_its_gap(general):
-    instance = HARD_FAMILIES["weakly_correlated"](30, 20)
-    keywords = {**instance.keywords, "multiple_of": 2 if general else 1}
-    problem = Problem(instance.spectra, instance.budget, **keywords)
-    search = Search(form_of(problem))
-    optimum = solve(problem)
-    assert optimum.certificate.status == "optimal_exact"
-    gaps = [search.gap]
-    while not search.finished and search.widen():
-        gaps.append(search.gap)
-        # At every point the answer is certified, and the optimum lies within the gap.
-        check_optimum(search.allocation("so far"), problem.value_of(optimum.ranks))
-    assert gaps == sorted(gaps, reverse=True)
-    assert gaps[-1] == 0 < gaps[0]
-
-
 def test_time_is_up_before_it_starts():
     problem = HARD_FAMILIES["strongly_correlated_linear"](30, 20).problem()
     stopped = solve_exact(problem, time_limit=0.0)
     check_answer(stopped)
     assert stopped.certificate.status == "gap_certified"
     assert stopped.certificate.gap > 0
-
-
-def test_offers_are_taken_only_if_better_and_affordable():
-    problem = HARD_FAMILIES["weakly_correlated"](10, 8).problem()
-    search = Search(form_of(problem))
-    gap, ranks = search.gap, search.ranks
-    value = problem.value_of(ranks)
-    search.offer(problem.upper)  # over the budget
-    search.offer(ranks)
-    search.offer(problem.lower)
-    assert search.ranks is ranks
-    assert search.gap == gap
-    best = solve(problem).ranks
-    search.offer(best)
-    gained = problem.value_of(best) - value
-    assert gained > 0
-    assert search.gap == gap - gained
-
-
-def test_a_deviation_outside_the_nearest_ones_is_no_proof():
-    """The incumbent holds an increment of finer bits than the 64 nearest deviations.
-
-    Values then do not differ from it by whole steps of those deviations.
-    """
-    for fillers in (60, 61, 62, 63, 64):
-        gains = {"Z": [1e6], "Y": [40.0], "X": [130.0]}
-        costs = {"Z": 7, "Y": 3, "X": 13}
-        for i in range(fillers):
-            gains[f"F{i}"], costs[f"F{i}"] = [120.0], 13
-        gains["A"], costs["A"] = [89.5], 10
-        problem = Problem(GainCurves.from_increments(gains), 20, costs=costs)
-        optimum = dynamic_program(problem)
-        assert optimum == 1_000_130
-        search = Search(form_of(problem))
-        while not search.finished and search.widen():
-            check_optimum(search.allocation("so far"), optimum)
-        check_optimum(search.allocation("in the end"), optimum)
 
 
 def test_a_price_that_gives_up_bits_moves_the_best_responses():
@@ -141,12 +79,10 @@ def test_costs_that_leave_gains_no_bits(seed):
     layers = int(rng.integers(2, 5))
     top = int(rng.choice([2**53, 10**9, 2**40]))
     costs = (top - rng.integers(0, 9, layers)).tolist()
-    rows = [
-        -np.sort(-(rng.integers(1, 4, 3) * float(c) - rng.integers(0, 9, 3))) for c in costs
-    ]
-    keywords = {"costs": costs} | ({"multiple_of": 2} if seed % 3 == 0 else {})
+    rows = [-np.sort(-(rng.integers(1, 4, 3) * float(c) - rng.integers(0, 9, 3))) for c in costs]
+    step = 2 if seed % 3 == 0 else 1
     budget = int(rng.uniform(0, 3) * sum(costs))
-    allocation = allocate(GainCurves.from_increments(rows), budget, **keywords)
+    allocation = allocate(GainCurves.from_increments(rows), budget, costs=costs, multiple_of=step)
     check_optimum(allocation, brute_force(allocation.problem)[0])
 
 
@@ -155,19 +91,17 @@ def test_gains_beyond_the_reach_of_the_fixed_point():
         "a": [3.4395525670743494e-136, 7.637340908749012e-152],
         "b": [7.956566520223349e-140, 6.256509672447191e-148],
     }
-    keywords = {"allowed_ranks": [1, 2], "costs": [900000000, 929276235]}
-    allocation = allocate(spectra, 2_758_552_470, **keywords)
+    costs = [900000000, 929276235]
+    allocation = allocate(spectra, 2_758_552_470, allowed_ranks=[1, 2], costs=costs)
     check_optimum(allocation, brute_force(allocation.problem)[0])
 
 
 def test_a_price_that_underflows_is_not_a_price_of_nothing():
-    curves = GainCurves.from_increments(
-        {"a": [1.0], "b": [5e-324, 5e-324], "c": [1e-323, 1e-323]}
-    )
-    keywords = {"costs": [10, 4096, 4096]}
+    curves = GainCurves.from_increments({"a": [1.0], "b": [5e-324, 5e-324], "c": [1e-323, 1e-323]})
+    costs = [10, 4096, 4096]
     for budget in (10 + 4096, 10 + 2 * 4096, 10 + 3 * 4096):
         for method in ("exact", "water_filling"):
-            allocation = allocate(curves, budget, method=method, **keywords)
+            allocation = allocate(curves, budget, costs=costs, method=method)
             check_optimum(allocation, brute_force(allocation.problem)[0])
 
 

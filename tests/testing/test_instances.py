@@ -57,7 +57,12 @@ def test_every_instance_is_a_problem_with_a_choice(make):
 
 @pytest.mark.parametrize(
     ("shape", "layers", "ranks", "distinct", "uniform"),
-    [("a", 96, 64, 2, 8), ("b", 224, 128, 3, 16), ("c", 560, 256, 3, 16), ("d", 2000, 512, None, 16)],
+    [
+        ("a", 96, 64, 2, 8),
+        ("b", 224, 128, 3, 16),
+        ("c", 560, 256, 3, 16),
+        ("d", 2000, 512, None, 16),
+    ],
 )
 def test_power_laws_have_the_shapes_of_real_models(shape, layers, ranks, distinct, uniform):
     instance = power_law(shape)
@@ -66,7 +71,10 @@ def test_power_laws_have_the_shapes_of_real_models(shape, layers, ranks, distinc
     assert set(problem.max_lengths.tolist()) == {ranks}
     if distinct:
         assert len(set(problem.costs.tolist())) == distinct
-    assert Problem(instance.spectra, uniform_rank(uniform), **instance.keywords).budget == instance.budget
+    assert (
+        Problem(instance.spectra, uniform_rank(uniform), **instance.keywords).budget
+        == instance.budget
+    )
 
 
 def test_an_unknown_shape():
@@ -122,13 +130,21 @@ def test_small_instances_use_every_limit():
         instance = small_instance(np.random.default_rng(seed))
         seen |= instance.keywords.keys()
         kinds.add(type(instance.spectra))
-    limits = {"min_rank", "max_rank", "multiple_of", "allowed_ranks", "tied", "fixed_costs", "weights"}
+    limits = {
+        "min_rank",
+        "max_rank",
+        "multiple_of",
+        "allowed_ranks",
+        "tied",
+        "fixed_costs",
+        "weights",
+    }
     assert limits <= seen
     assert kinds == {dict, GainCurves}
 
 
 def test_an_unknown_family():
-    with pytest.raises(ValueError, match="family: expected one of power_law, .*, got 'foo'"):
+    with pytest.raises(ValueError, match=r"family: expected one of power_law, .*, got 'foo'"):
         small_instance(np.random.default_rng(0), "foo")
 
 

@@ -76,7 +76,9 @@ def test_forced_losses():
 def test_too_many_combinations(oracle):
     objective = "operator" if oracle is brute_force_bottleneck else "frobenius"
     problem = Problem(np.ones((3, 9)), 5, objective=objective)
-    with pytest.raises(ValueError, match="at most 999 combinations of ranks to enumerate, got 1,000"):
+    with pytest.raises(
+        ValueError, match="at most 999 combinations of ranks to enumerate, got 1,000"
+    ):
         oracle(problem, most=999)
     assert oracle(problem, most=1000)
 
