@@ -52,6 +52,11 @@ class Verification:
     price_bound: Fraction
     proof: Literal["price", "two prices", "search", "unfinished"]
 
+    @property
+    def complete(self) -> bool:
+        """Whether all that the certificate claims was proved again, its search included."""
+        return self.proof != "unfinished"
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -70,7 +75,8 @@ class Certificate:
             `operator`, minus the largest discarded singular value.
         upper_bound: rounded up.
         gap: what a better answer could gain at most, rounded up; 0.0 if `optimal_exact`.
-        price: gain per unit of cost at the margin; what one more unit of budget is worth.
+        price: gain per unit of cost at which best responses cross the budget; about what one
+            more unit of budget is worth. 0 where the budget does not bind.
         method: the solver that made it.
         cut: where the number of ranks is priced too (see `solvers.cardinality`): the price per
             unit of cost and the price per rank of that bound.
@@ -223,14 +229,15 @@ class Certificate:
         least_cost = 0
         for group in problem.variables:
             allowed = problem.allowed_ranks(group[0])
-            candidates = np.zeros(len(problem.names), dtype=np.int64)
-            for rank in allowed.tolist():
-                candidates[list(group)] = rank
-                if np.max(problem.tails(candidates)[list(group)]) < worst:
-                    least_cost += problem.cost_of(candidates)
-                    break
-            else:
-                return Verification(value, value, "search")  # this layer cannot go below
+            below = np.ones(len(allowed), dtype=bool)
+            for i in group:
+                discarded = np.append(problem.curves.layers.row(i), 0.0)[allowed]
+                if problem.weights is not None:
+                    discarded = discarded * problem.weights[i]
+                below &= discarded < worst
+            if not below.any():
+                return Verification(value, value, "search")  # these layers cannot go below
+            least_cost += problem.cost_at(group, int(allowed[np.argmax(below)]))
         if worst > 0 and least_cost <= problem.budget:
             raise CertificateError(
                 f"ranks of cost {least_cost} discard nothing as large as {worst!r}"

@@ -154,9 +154,9 @@ def option_table(problem: Problem) -> OptionTable:
             value += curve[allowed]
             magnitude += float(np.abs(np.diff(curve[: int(allowed[-1]) + 1])).sum())
         errors.append(magnitude * (int(allowed[-1]) + len(layers) + 8) * 2.0**-52)
-        if unit > problem.spendable:
-            unit = 0 if not allowed.any() else unit  # the one option left is rank 0
         ranks.append(allowed)
+        # What is beyond the budget leaves rank 0 alone, and might not fit 64 bits.
+        unit, fixed = min(unit, problem.spendable + 1), min(fixed, problem.spendable + 1)
         costs.append(unit * allowed + fixed * (allowed > 0))
         values.append(value)
     offsets = np.zeros(len(members) + 1, dtype=np.int64)

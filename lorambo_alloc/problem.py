@@ -67,7 +67,8 @@ class Problem:
         max_rank: the greatest rank, for all layers or by name (layers left out: no limit).
         multiple_of: ranks are multiples of this.
         allowed_ranks: the ranks to choose from, for all layers or by name (layers left out:
-            no limit). 0 is allowed only where it is listed.
+            no limit). 0 is allowed only where it is listed; ranks beyond the layer's curve or
+            the other limits are left out.
         tied: groups of layer names that share one rank.
 
     `costs`, `fixed_costs` and `weights` are mappings with every layer's name, or sequences in

@@ -47,7 +47,9 @@ def solve(problem: Problem, solver: str = "auto", time_limit: float | None = Non
         ValueError: an unknown solver (the message lists the known ones), one that does not fit
             the objective, or a time limit that is not a number >= 0.
     """
-    if time_limit is not None and not 0 <= real_number(time_limit) < math.inf:
+    if time_limit == math.inf:
+        time_limit = None
+    if time_limit is not None and not 0 <= real_number(time_limit):
         raise ValueError(f"time_limit: expected seconds >= 0 or None, got {time_limit!r}")
     operator = problem.objective.kind == "operator"
     if solver == "auto":

@@ -207,6 +207,7 @@ def two_price_bound(
     """
     price, rank_price = prices
     best = sum(r.best for r in responses(problem, ranks, price, rank_price))
+    # Counted here once more, so that nothing rests on the solvers' own count.
     room = list(
         zip(problem.costs.tolist(), problem.lower.tolist(), problem.upper.tolist(), strict=True)
     )

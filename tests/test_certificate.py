@@ -123,6 +123,26 @@ def test_only_the_best_bottleneck_passes(instance: Instance):
                 claim.verify(problem, ranks)
 
 
+def test_what_a_better_bottleneck_costs_is_counted_to_the_unit():
+    # Lowering both layers below 3 costs exactly 2 * 4 + 5.
+    spectra = {"a": [3.0, 3.0, 1.0], "b": [3.0, 2.0]}
+    for budget, refused in ((12, False), (13, True), (14, True)):
+        problem = Problem(spectra, budget, costs=[4, 5], objective="operator")
+        ranks = np.array([0, 0])
+        claim = optimal_claim(problem, ranks, 0.0)
+        if refused:
+            with pytest.raises(CertificateError, match="ranks of cost 13 discard nothing as large"):
+                claim.verify(problem, ranks)
+        else:
+            verification = claim.verify(problem, ranks)
+            assert verification.proof == "search"
+            assert verification.value == verification.price_bound == -3
+    # A layer whose maximum keeps it at 3 proves it, at any budget.
+    problem = Problem(spectra, 99, max_rank={"a": 1}, objective="operator")
+    verification = optimal_claim(problem, np.array([0, 1]), 0.0).verify(problem, np.array([0, 1]))
+    assert (verification.proof, verification.price_bound) == ("search", -3)
+
+
 @given(instances(), st.data())
 @settings(max_examples=examples(1))
 def test_tampering_is_refused(instance: Instance, data):

@@ -65,7 +65,7 @@ def test_the_bottleneck_takes_nothing_else():
         allocate(SPECTRA, 3, method="bottleneck")
 
 
-@pytest.mark.parametrize("bad", [-1, -1e-9, math.nan, math.inf, "1", True, [1], 1j, 10**400])
+@pytest.mark.parametrize("bad", [-1, -1e-9, math.nan, "1", True, [1], 1j, 10**400])
 def test_what_is_no_time_limit(bad):
     with pytest.raises(ValueError, match=r"^time_limit: expected seconds >= 0 or None, got "):
         allocate(SPECTRA, 3, time_limit=bad)

@@ -145,6 +145,44 @@ def test_two_prices_bound_what_wastes_little(instance: Instance, price, rank_pri
             assert problem.value_of(ranks) <= bound
 
 
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=3
+    ),
+    st.integers(0, 60),
+    st.integers(0, 9),
+)
+@settings(max_examples=examples(3))
+def test_the_number_of_ranks_in_the_bound_of_two_prices(drawn, budget, waste):
+    """Where nothing gains anything, the bound is the rank price times a number of ranks."""
+    costs, lower, upper = [c for c, _, _ in drawn], [], []
+    for _, low, room in drawn:
+        lower.append(low)
+        upper.append(low + room)
+    names = [f"{i}" for i in range(len(drawn))]
+    curves = GainCurves.from_increments({name: [0.0] * 6 for name in names})
+    budget += sum(c * low for c, low in zip(costs, lower, strict=True))
+    keywords = {
+        "min_rank": dict(zip(names, lower, strict=True)),
+        "max_rank": dict(zip(names, upper, strict=True)),
+    }
+    problem = Problem(curves, budget, costs=costs, **keywords)
+    feasible = list(all_feasible(problem))
+    most = max(int(ranks.sum()) for ranks in feasible)
+    # The price takes the fewest ranks; the number of ranks is the most that the budget holds.
+    dear = two_price_bound(problem, problem.lower, (0.0, 3.0), waste)
+    assert dear == 3 * (most - sum(lower))
+    # The price takes the most ranks; the number is the fewest that leave over at most `waste`.
+    spent = budget - waste
+    enough = [
+        int(sum(ranks))
+        for ranks in product(*(range(lo, hi + 1) for lo, hi in zip(lower, upper, strict=True)))
+        if sum(c * r for c, r in zip(costs, ranks, strict=True)) >= spent
+    ]
+    cheap = two_price_bound(problem, problem.lower, (0.0, -3.0), waste)
+    assert cheap == 3 * (sum(upper) - min(enough, default=sum(upper)))
+
+
 @pytest.mark.parametrize(
     ("gains", "step"),
     [

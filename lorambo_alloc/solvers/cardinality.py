@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -58,7 +59,7 @@ def most_ranks(costs: IntArray, room: IntArray, budget: int) -> int:
         budget: in the units of the costs.
     """
     count = 0
-    for i in np.argsort(costs, kind="stable").tolist():
+    for i in _by_cost(costs, room):
         step = min(int(room[i]), budget // int(costs[i]))
         count += step
         budget -= step * int(costs[i])
@@ -70,7 +71,7 @@ def most_ranks(costs: IntArray, room: IntArray, budget: int) -> int:
 def fewest_ranks(costs: IntArray, room: IntArray, cost: int) -> int:
     """The least number of ranks that cost at least so much; the arguments are as above."""
     count = 0
-    for i in np.argsort(-costs, kind="stable").tolist():
+    for i in reversed(_by_cost(costs, room)):
         if cost <= 0:
             break
         step = min(int(room[i]), -(-cost // int(costs[i])))
@@ -79,12 +80,19 @@ def fewest_ranks(costs: IntArray, room: IntArray, cost: int) -> int:
     return count
 
 
-def cardinality_cut(form: ConcaveForm, waste: int) -> Cut | None:
+def _by_cost(costs: IntArray, room: IntArray) -> list[int]:
+    """The layers that have room, cheapest first."""
+    free = np.flatnonzero(room > 0)
+    return free[np.argsort(costs[free], kind="stable")].tolist()
+
+
+def cardinality_cut(form: ConcaveForm, waste: int, deadline: float | None = None) -> Cut | None:
     """The best bound by a price on the number of ranks, if one of the two limits binds.
 
     Args:
         form: the problem.
         waste: reduced units of budget that a better solution leaves over at most.
+        deadline: `time.monotonic()` value after which to give up.
     """
     costs, room, budget = form.free_ranks()
     taken = int(np.sum(form.relax().ranks - form.problem.lower))
@@ -99,6 +107,8 @@ def cardinality_cut(form: ConcaveForm, waste: int) -> Cut | None:
     # The bound is convex in the rank price; its slope is the limit minus the ranks taken.
     low, high = least, greatest
     for _ in range(_BISECTIONS):
+        if deadline is not None and time.monotonic() > deadline:
+            return None
         middle = (low + high) / 2
         if int(np.sum(form.relax(middle).ranks - form.problem.lower)) >= limit:
             low = middle
@@ -135,13 +145,15 @@ def swaps_at_limit(form: ConcaveForm, cut: Cut) -> IntArray | None:
     # Penalties of one rank more and one less in whole units, as fine as doubles allow.
     more = np.abs(prices - form.next_gains(ranks))
     less = np.abs(form.last_gains(ranks) - prices)
-    unit = math.ldexp(max(float(np.max(prices, initial=0.0)), cut.price), -44)
+    unit = math.ldexp(max(float(np.max(np.abs(prices), initial=0.0)), cut.price), -44)
+    if not unit > 0:
+        return None
     classes: list[Class] = []
     for i in layers.tolist():
         cost = int(costs[i])
         options = [(cost, more[i])] * bool(spends[i]) + [(-cost, less[i])] * bool(frees[i])
         moves = np.array([move for move, _ in options], dtype=np.int64)
-        penalties = np.array([penalty / unit for _, penalty in options])
+        penalties = np.array([min(penalty / unit, 2.0**58) for _, penalty in options])
         classes.append(Class(moves, penalties.astype(np.int64)))
     price = max(int(cut.price / unit), 1)
     left = budget - int(np.dot(costs, ranks - least))

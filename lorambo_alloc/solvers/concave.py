@@ -197,7 +197,8 @@ class ConcaveForm:
         level = relaxed.price * self._costs
         margin = (level + abs(offset)) * 2.0**-49
         ranks = self._prefix(level + offset - margin, self._lower, self._upper)
-        # Ranks within the margin of the level may be rightly in or out: allow for both.
+        # Ranks within the margin of the level may be rightly in or out. One that is in and should
+        # not be, or the other way round, changes the sum by at most twice the margin.
         sure = self._prefix(level + offset + margin, self._lower, ranks)
         hidden = Fraction(float(np.dot(ranks - sure, margin))) * 2
         left = self._budget - self._spent(ranks)
@@ -264,6 +265,8 @@ class ConcaveForm:
         fixed, exact = to_fixed(items.gains, price.exponent)
         net = fixed - price.units * costs  # exact modulo 2^64, and small
         taken = items.ranks <= ranks[items.rows]
+        # Rounded down, each gain is off by less than a unit: as many units as there are increments
+        # cover best responses and any solution's penalties.
         low = 0 if exact else len(net)
         # Rounding may have put an increment on the wrong side of the price; move it.
         wrong = np.where(taken, net < 0, net > 0)

@@ -62,25 +62,24 @@ class Price:
 
     @classmethod
     def of(cls, price: float, reach: float, last_bit: int) -> Price:
-        """Fit the fixed point.
+        """The finest fixed point that the reach allows, or one that holds every bit.
 
         Args:
             price: a double > 0.
             reach: no penalty above this occurs.
             last_bit: exponent of the last bit set in the core's gains.
+
+        Returns:
+            The price itself where the fixed point holds it; else one close to it with two bits
+            less than could be held, so that a slightly coarser point will hold it too. It may be 0.
         """
         own = math.frexp(price)[1] - 53
         coarsest = math.frexp(reach)[1] - 58 if reach > 0 else own - 6
         exponent = max(min(own, last_bit), coarsest, own - 6)
-        return cls(max(int(math.ldexp(price, -exponent)), 1), exponent)
-
-    def holds(self, price: float) -> bool:
-        """Whether the fixed point holds every bit of the price."""
-        return self.value == price
-
-    def coarser(self) -> float:
-        """A lower price with a few bits less, which a slightly coarser point holds; or 0."""
-        return math.ldexp(self.units >> 4, self.exponent + 4)
+        units = math.ldexp(price, -exponent)
+        if units == round(units):
+            return cls(round(units), exponent)
+        return cls(round(units / 4), exponent + 2)
 
 
 class Form(Protocol):

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from lorambo_alloc.objectives import IntArray
 
 _PENALTY_LIMIT = 1 << 62
+_BLOCK = 1 << 20  # states made at a time
 _MAX_TRACE = 60_000_000  # entries kept to walk back from the best state, about 400 MB
 
 
@@ -99,6 +100,43 @@ class Outcome:
     states: int
 
 
+@dataclass(frozen=True)
+class _States:
+    """States of the program: how far each has moved the cost, and what it has lost by that.
+
+    Attributes:
+        moves: change of the cost.
+        penalties: the sum of the penalties so far.
+        parents: position of the state before the last class.
+        options: what was chosen in the last class (0: no deviation).
+    """
+
+    moves: IntArray
+    penalties: IntArray
+    parents: IntArray
+    options: IntArray
+
+    def __len__(self) -> int:
+        return len(self.moves)
+
+    def __getitem__(self, keep: IntArray | npt.NDArray[np.bool_]) -> _States:
+        return _States(
+            self.moves[keep], self.penalties[keep], self.parents[keep], self.options[keep]
+        )
+
+    @classmethod
+    def join(cls, parts: list[_States]) -> _States:
+        """All states of several parts."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.moves for part in parts]),
+            np.concatenate([part.penalties for part in parts]),
+            np.concatenate([part.parents for part in parts]),
+            np.concatenate([part.options for part in parts]),
+        )
+
+
 @dataclass
 class _Trace:
     """Per class, the parent and the option of every state kept after it."""
@@ -107,10 +145,10 @@ class _Trace:
     options: list[npt.NDArray[np.int32]] = field(default_factory=lambda: [])
     size: int = 0
 
-    def add(self, parents: IntArray, options: IntArray) -> None:
-        self.parents.append(parents.astype(np.int32))
-        self.options.append(options.astype(np.int32))
-        self.size += len(parents)
+    def add(self, states: _States) -> None:
+        self.parents.append(states.parents.astype(np.int32))
+        self.options.append(states.options.astype(np.int32))
+        self.size += len(states)
 
     def walk(self, state: int, depth: int) -> list[int]:
         choices = [0] * depth
@@ -118,6 +156,39 @@ class _Trace:
             choices[step] = int(self.options[step][state])
             state = int(self.parents[step][state])
         return choices
+
+
+class _Ahead:
+    """What the classes still to come can do for a state, by depth.
+
+    Attributes:
+        spend: the least loss per unit of budget left over (filled, or wasted at the price).
+        free: the least loss per unit of cost freed.
+        relief: how much cost they can free together.
+    """
+
+    def __init__(self, classes: list[Class], residual: int, price: int) -> None:
+        self._residual = residual
+        self.spend, self.free, self.relief = [price], [_PENALTY_LIMIT], [0]
+        for group in reversed(classes):
+            spend, free = group.slopes
+            self.spend.append(min(self.spend[-1], spend))
+            self.free.append(min(self.free[-1], free))
+            self.relief.append(self.relief[-1] + max(-int(group.moves.min()), 0))
+        for values in (self.spend, self.free, self.relief):
+            values.reverse()
+
+    def bounds(self, depth: int, moves: IntArray, penalties: IntArray, best: int) -> IntArray:
+        """A lower bound on the loss of every completion of states; `best` or more if hopeless."""
+        spend, free = self.spend[depth], self.free[depth]
+        left = self._residual - moves
+        # What is too much or too little for any loss below `best` is cut, so that products fit.
+        under = np.minimum(np.maximum(left, 0), best // max(spend, 1) + 1)
+        over = np.minimum(np.maximum(-left, 0), best // max(free, 1) + 1)
+        bounds = penalties + under * spend + over * min(free, best + 1)
+        # An excess that cannot be freed any more is hopeless. Besides, leaving it out keeps the
+        # moves within 64 bits.
+        return np.where(left < -self.relief[depth], np.maximum(bounds, best), bounds)
 
 
 def solve_core(
@@ -143,62 +214,39 @@ def solve_core(
     found: tuple[int, int] | None = None  # depth and state of the best loss
     dropped = incumbent  # least bound of what was dropped
     trace = _Trace()
-    spend, free = _suffix_slopes(classes, price)
-    relief = _suffix_relief(classes)
-    moves = np.zeros(1, dtype=np.int64)
-    penalties = np.zeros(1, dtype=np.int64)
+    ahead = _Ahead(classes, residual, price)
+    zero = np.zeros(1, dtype=np.int64)
+    states = _States(zero, zero, zero, zero)
     largest = 1
     if residual >= 0 and price * residual < best:
         best, found = price * residual, (0, 0)
-    depth = 0
     for depth, group in enumerate(classes, start=1):
-        late = deadline is not None and time.monotonic() > deadline
-        if late or trace.size > _MAX_TRACE:
-            bounds = _bounds(moves, penalties, residual, spend[depth - 1], free[depth - 1], best)
-            dropped = min(dropped, int(bounds.min(initial=best)))
-            break
-        parents = np.arange(len(moves), dtype=np.int64)
-        options = np.zeros(len(moves), dtype=np.int64)
-        all_moves, all_penalties = [moves], [penalties]
-        all_parents, all_options = [parents], [options]
-        # Options in blocks, pruned at once, so that a wide class stays small in memory.
-        block = max(1, (1 << 20) // max(len(moves), 1))
-        for start in range(0, len(group.moves), block):
-            part = slice(start, start + block)
-            new_moves = (moves[:, None] + group.moves[None, part]).ravel()
-            new_penalties = (penalties[:, None] + group.penalties[None, part]).ravel()
-            bounds = _bounds(new_moves, new_penalties, residual, spend[depth], free[depth], best)
-            # What exceeds the budget by more than the classes to come can free is hopeless.
-            # Besides, this keeps every move within 64 bits.
-            keep = np.flatnonzero((bounds < best) & (new_moves <= residual + relief[depth]))
-            width = len(group.moves[part])
-            all_moves.append(new_moves[keep])
-            all_penalties.append(new_penalties[keep])
-            all_parents.append(keep // width)
-            all_options.append(keep % width + start + 1)
-        moves, penalties = np.concatenate(all_moves), np.concatenate(all_penalties)
-        parents, options = np.concatenate(all_parents), np.concatenate(all_options)
-
-        keep = _undominated(moves, penalties, price)
-        moves, penalties = moves[keep], penalties[keep]
-        improved = _best_state(moves, penalties, residual, price, best)
+        complete = not _late(deadline) and trace.size <= _MAX_TRACE
+        grown = states
+        if complete:
+            grown, complete = _grow(states, group, ahead, depth, best, price, deadline)
+        if not complete:
+            # As if the states still stood before this class: a bound on all that was skipped.
+            standing = ahead.bounds(depth - 1, states.moves, states.penalties, best)
+            dropped = min(dropped, int(standing.min(initial=best)))
+            if grown is states:
+                break
+        improved = _best_state(grown, residual, price, best)
         if improved is not None:
-            best, state = improved
-            found = (depth, state)
-        bounds = _bounds(moves, penalties, residual, spend[depth], free[depth], best)
+            best, found = improved[0], (depth, improved[1])
+        bounds = ahead.bounds(depth, grown.moves, grown.penalties, best)
         alive = bounds < best
         if np.count_nonzero(alive) > max_states:
-            cut = np.argpartition(np.where(alive, bounds, best), max_states)
-            dropped = min(dropped, int(bounds[cut[max_states:]][alive[cut[max_states:]]].min()))
-            alive[cut[max_states:]] = False
+            cut = np.argpartition(np.where(alive, bounds, best), max_states)[max_states:]
+            dropped = min(dropped, int(bounds[cut][alive[cut]].min()))
+            alive[cut] = False
         if found is not None and found[0] == depth:
             alive[found[1]] = True  # kept for the walk back
             found = (depth, int(np.count_nonzero(alive[: found[1]])))
-        keep = keep[alive]
-        moves, penalties = moves[alive], penalties[alive]
-        largest = max(largest, len(moves))
-        trace.add(parents[keep], options[keep])
-        if not len(moves):
+        states = grown[alive]
+        largest = max(largest, len(states))
+        trace.add(states)
+        if not len(states):
             break
     choices = None
     if found is not None:
@@ -206,44 +254,53 @@ def solve_core(
     return Outcome(best, choices, min(dropped, best), largest)
 
 
-def _suffix_slopes(classes: list[Class], price: int) -> tuple[list[int], list[int]]:
-    """Per depth, the least slope of spending and of freeing among the classes still to come."""
-    spend, free = [price], [_PENALTY_LIMIT]
-    for group in reversed(classes):
-        up, down = group.slopes
-        spend.append(min(spend[-1], up))
-        free.append(min(free[-1], down))
-    return spend[::-1], free[::-1]
+def _grow(
+    states: _States,
+    group: Class,
+    ahead: _Ahead,
+    depth: int,
+    best: int,
+    price: int,
+    deadline: float | None,
+) -> tuple[_States, bool]:
+    """States after one more class, undominated; and whether all of its options were tried."""
+    stay = np.arange(len(states), dtype=np.int64)
+    parts = [_States(states.moves, states.penalties, stay, np.zeros_like(stay))]
+    size = len(states)
+    # Options in blocks, pruned at once, so that a wide class stays small in memory.
+    block = max(1, _BLOCK // max(len(states), 1))
+    complete = True
+    for start in range(0, len(group.moves), block):
+        if start and _late(deadline):
+            complete = False
+            break
+        options = slice(start, start + block)
+        moves = (states.moves[:, None] + group.moves[None, options]).ravel()
+        penalties = (states.penalties[:, None] + group.penalties[None, options]).ravel()
+        keep = np.flatnonzero(ahead.bounds(depth, moves, penalties, best) < best)
+        width = len(group.moves[options])
+        parts.append(_States(moves[keep], penalties[keep], keep // width, keep % width + start + 1))
+        size += len(keep)
+        if size > 4 * _BLOCK:
+            joined = _States.join(parts)
+            parts = [joined[_undominated(joined, price)]]
+            size = len(parts[0])
+    grown = _States.join(parts)
+    return grown[_undominated(grown, price)], complete
 
 
-def _suffix_relief(classes: list[Class]) -> list[int]:
-    """Per depth, how much cost the classes still to come can free together."""
-    relief = [0]
-    for group in reversed(classes):
-        relief.append(relief[-1] + max(-int(group.moves.min()), 0))
-    return relief[::-1]
+def _late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() > deadline
 
 
-def _bounds(
-    moves: IntArray, penalties: IntArray, residual: int, spend: int, free: int, best: int
-) -> IntArray:
-    """A lower bound on the loss of every completion of each state; at least `best` if hopeless.
-
-    Budget left over costs at least `spend` a unit (filled or wasted), an excess at least `free`.
-    """
-    left = residual - moves
-    under = np.minimum(np.maximum(left, 0), best // max(spend, 1) + 1)
-    over = np.minimum(np.maximum(-left, 0), best // max(free, 1) + 1)
-    return penalties + under * spend + over * min(free, best + 1)
-
-
-def _undominated(moves: IntArray, penalties: IntArray, price: int) -> IntArray:
+def _undominated(states: _States, price: int) -> IntArray:
     """Positions of the states that no other state beats in cost and value, by ascending cost.
 
     State a beats b if it costs no more and penalty_a + price * (move_b - move_a) <= penalty_b.
     At equal cost the comparison is exact; across costs it is in doubles with a margin for their
     rounding, so that nothing undominated is dropped.
     """
+    moves, penalties = states.moves, states.penalties
     order = np.lexsort((penalties, moves))
     sorted_moves, sorted_penalties = moves[order], penalties[order]
     first = np.ones(len(order), dtype=bool)
@@ -264,16 +321,12 @@ def _undominated(moves: IntArray, penalties: IntArray, price: int) -> IntArray:
     return order[keep]
 
 
-def _best_state(
-    moves: IntArray, penalties: IntArray, residual: int, price: int, best: int
-) -> tuple[int, int] | None:
-    """The feasible state of least loss and that loss, if it is below `best`."""
-    left = residual - moves
-    affordable = best // price + 1
-    candidates = np.flatnonzero((left >= 0) & (left < affordable))
+def _best_state(states: _States, residual: int, price: int, best: int) -> tuple[int, int] | None:
+    """The least loss of a feasible state and its position, if it is below `best`."""
+    left = residual - states.moves
+    candidates = np.flatnonzero((left >= 0) & (left < best // price + 1))
     if not len(candidates):
         return None
-    losses = penalties[candidates] + left[candidates] * price
+    losses = states.penalties[candidates] + left[candidates] * price
     n = int(np.argmin(losses))
-    loss = int(losses[n])
-    return (loss, int(candidates[n])) if loss < best else None
+    return (int(losses[n]), int(candidates[n])) if losses[n] < best else None

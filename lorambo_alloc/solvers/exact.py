@@ -3,7 +3,7 @@
 1. Water-filling finds the price at which best responses cross the budget; the Lagrangian there is
    an upper bound, and the filled-up break solution a first incumbent.
 2. A short run of the core program over the nearest deviations improves the incumbent. Often it
-   proves it too: any other deviation alone would lose more.
+   proves it too, as any other deviation alone would lose more.
 3. If not: only deviations with a penalty below the incumbent's loss can be in a better solution.
    The core program runs over all of them, holding more states each time, until nothing better
    can have been dropped. Exchanges and a price on the number of ranks help where gains follow
@@ -26,11 +26,12 @@ def solve_exact(problem: Problem, time_limit: float | None = None) -> Allocation
     Args:
         problem: any problem with gains.
         time_limit: seconds after which the search stops and certifies the gap that is left;
-            None: it stops when it is done, or holds more than a million states.
+            None: it stops when it is done, or when the last stage has dropped states (that may
+            take a minute or two on problems made to be hard).
     """
     deadline = None if time_limit is None else time.monotonic() + time_limit
     form = form_of(problem)
     search = Search(form, deadline)
-    while not search.finished and search.widen():
+    while not search.finished and search.advance():
         pass
     return search.allocation(form.name)

@@ -201,7 +201,9 @@ class MultipleChoiceForm:
             net = (fixed - fixed[base]) - price.units * (costs - costs[base])
             top = base if net[base] == net.max() else int(np.argmax(net))
             best[variable] = positions[top]
-            # Each penalty is off by at most `too_low` either way; understate it.
+            # Both scores may be too low by so much, so that each penalty is off by at most that
+            # either way. Understated here, it is low by twice that; and the top may not be the
+            # true best response, which is once more.
             penalties = np.maximum(net[top] - net - too_low, 0)
             low += 3 * too_low
             keep = penalties <= limit

@@ -1,14 +1,11 @@
-"""The search behind the exact solver: an incumbent, and a proved gap that runs narrow."""
+"""The search behind the exact solver: an incumbent, and a proved gap that stages narrow."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
-from typing import Any, TypeAlias
 
 from lorambo_alloc.allocation import Allocation
 from lorambo_alloc.arithmetic import round_up
@@ -17,19 +14,40 @@ from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.problem import Problem
 from lorambo_alloc.solvers.cardinality import cardinality_cut, swaps_at_limit
 from lorambo_alloc.solvers.concave import ConcaveForm
-from lorambo_alloc.solvers.core import Core, Form, Price, Relaxed
+from lorambo_alloc.solvers.core import Form
 from lorambo_alloc.solvers.core_program import Outcome, solve_core
 from lorambo_alloc.solvers.exchange import best_exchange
 from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
+from lorambo_alloc.solvers.setting import CAP, MAX_DEVIATIONS, Choice, Setting, fit
 
-_NEAREST = 64  # deviations in the first run
-_STATES = (256, 512, 4096, 1 << 16, 1 << 20)  # states held, run by run
-# With so many states, or where the core has so many classes that states are soon too many, other
-# means are tried: exchanges, and a price on the number of ranks.
-_MANY = 4096
-_WIDE = 128
-_MAX_DEVIATIONS = 2_000_000  # above, the bound of the price stands alone
-_LIMIT = 1 << 59  # units of loss; larger ones could overflow in sums
+# The window is wider than the loss by this much, for the rounding of thresholds and penalties.
+_WIDER = 1 + 2.0**-20
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One run of the core program.
+
+    Attributes:
+        states: how many it may hold.
+        nearest: over so many of the nearest deviations; None: over all that matter.
+        exchanges: rounds of exchanges to try if it proves nothing,
+        only_wide: and whether only for wide cores (a narrow one soon closes with more states).
+    """
+
+    states: int
+    nearest: int | None = None
+    exchanges: int = 0
+    only_wide: bool = False
+
+
+_STAGES = (
+    _Stage(256, nearest=64),
+    _Stage(512, exchanges=3, only_wide=True),
+    _Stage(4096, exchanges=64),
+    _Stage(1 << 16),
+    _Stage(1 << 20),
+)
 
 
 def form_of(problem: Problem) -> Form:
@@ -37,44 +55,8 @@ def form_of(problem: Problem) -> Form:
     return ConcaveForm(problem) if problem.concave_unit_steps else MultipleChoiceForm(problem)
 
 
-# Deviations, a lower bound on the penalty of all others, and the window of the options.
-_Choice: TypeAlias = tuple[Any, float, float]
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """A core in its fixed point.
-
-    Attributes:
-        price: the price and the exponent of the unit.
-        core: best responses and deviations.
-        left: reduced units of budget that the best responses leave over (may be negative).
-        loss: what the incumbent lacks to the Lagrangian value of the best responses, exactly.
-        step: what the core can reach differs from the incumbent by multiples of so many units.
-        beyond: no deviation outside the core has a smaller penalty.
-    """
-
-    price: Price
-    core: Core
-    left: int
-    loss: Fraction
-    step: int
-    beyond: float
-
-    @cached_property
-    def unit(self) -> Fraction:
-        """The unit of the fixed point, in units of gain."""
-        exponent = self.price.exponent
-        return Fraction(1 << exponent) if exponent >= 0 else Fraction(1, 1 << -exponent)
-
-    @property
-    def searchable(self) -> bool:
-        """Whether sums of losses stay within 64 bits."""
-        return self.loss < _LIMIT * self.unit
-
-
 class Search:
-    """An incumbent, and a proved gap above it, that further runs of the core program narrow.
+    """An incumbent, and a proved gap above it, that stages narrow.
 
     Attributes:
         ranks: the incumbent.
@@ -86,7 +68,7 @@ class Search:
         self._problem = form.problem
         self._deadline = deadline
         self._relaxed = form.relax()
-        self._runs = iter(_STATES)
+        self._stages = iter(_STAGES)
         self._cut: tuple[float, float] | None = None
         self._gap: Fraction | None = None
         self._known_loss: tuple[float, IntArray, Fraction] | None = None
@@ -107,27 +89,24 @@ class Search:
         """Whether there is nothing left to prove, not even below rounding."""
         return self.closed and self.gap == 0
 
-    def widen(self) -> bool:
-        """Search the core once more with more states; False where that is the end of it."""
-        states = next(self._runs, None)
-        if states is None or self._late():
+    def advance(self) -> bool:
+        """Go through one more stage; False where there is none, or no time for it."""
+        stage = next(self._stages, None)
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        if stage is None or late:
             return False
-        core = self._nearest() if states == _STATES[0] else self._deviations()
-        if core is None:
-            return False
-        self._search(core, states)
-        whole = core.beyond == math.inf
-        wide = len(core.core.classes) > _WIDE
-        if not self.closed and whole and (states == _MANY or (states < _MANY and wide)):
-            self._exchange(core, rounds=64 if states == _MANY else 3)
-            if wide == (states < _MANY):
-                self._price_ranks(core)
+        setting = self._nearest(stage.nearest) if stage.nearest else self._whole()
+        if setting is None:
+            return stage.nearest is not None  # the costs may suit a whole core all the same
+        self._search(setting, stage.states)
+        stuck = setting.whole and not self.closed
+        if stuck and stage.exchanges and (setting.wide or not stage.only_wide):
+            self._exchange(setting, stage.exchanges)
+            self._price_ranks(setting)
         return True
 
     def allocation(self, method: str) -> Allocation:
         """The incumbent with its certificate, made out by the named method."""
-        if self.gap < 0:
-            raise RuntimeError("the search contradicts itself; please report this problem")
         certificate = Certificate.of(
             self._problem.value_of(self.ranks),
             self.gap,
@@ -137,186 +116,6 @@ class Search:
             cut=self._cut,
         )
         return Allocation(self._problem, self.ranks, certificate)
-
-    def _late(self) -> bool:
-        return self._deadline is not None and time.monotonic() > self._deadline
-
-    def _price_gap(self) -> Fraction:
-        """What the incumbent lacks to the bound of the price alone."""
-        setting = self._set_within(0.0)
-        if setting is not None:
-            return setting.loss + setting.core.low * setting.unit
-        # Each best response that `ranks` is not gains less than the reach over it.
-        price, ranks = self._relaxed.price, self._relaxed.ranks
-        items = self._form.within(price, ranks, 0.0)
-        hidden = Fraction(self._form.reach(items, price, ranks)) * self._form.size(items)
-        return self._loss(price, ranks) + hidden
-
-    def _nearest(self) -> _Setting | None:
-        """The core of the nearest deviations, and how little any other could lose."""
-
-        def nearest(price: float, ranks: IntArray) -> _Choice:
-            window = self._window()
-            items, beyond = self._form.nearest(price, ranks, _NEAREST, window)
-            return items, beyond, window
-
-        return self._set_at(nearest)
-
-    def _deviations(self) -> _Setting | None:
-        """The core of all deviations that a better solution may use; None: too many."""
-        window = self._window()
-        for _ in range(8):
-            setting = self._set_within(window)
-            if setting is None or setting.loss <= Fraction(window):
-                return setting
-            window = round_up(setting.loss) * (1 + 2.0**-20)
-        return None
-
-    def _set_within(self, window: float) -> _Setting | None:
-        """The core of all deviations of penalty below the window; None: too many."""
-
-        def within(price: float, ranks: IntArray) -> _Choice:
-            return self._form.within(price, ranks, window), math.inf, window
-
-        return self._set_at(within)
-
-    def _set_at(self, choose: Callable[[float, IntArray], _Choice]) -> _Setting | None:
-        """A core at a price that is exact in the core's fixed point; None: too many deviations.
-
-        Args:
-            choose: what to take at a price.
-        """
-        for _ in range(8):
-            price, ranks = self._relaxed.price, self._relaxed.ranks
-            items, beyond, window = choose(price, ranks)
-            if self._form.size(items) > _MAX_DEVIATIONS:
-                return None
-            reach = max(self._form.reach(items, price, ranks), window)
-            last_bit = self._form.last_bit(items)
-            fixed = Price.of(price, reach, last_bit)
-            if not fixed.holds(price):
-                # Costs so large that the price would have no bit left: no core at all.
-                if not (price := fixed.coarser()):
-                    return None
-                self._relaxed = Relaxed(price, self._form.respond(price), self._relaxed.feasible)
-                continue
-            limit = int(math.ldexp(window, -fixed.exponent)) + 1
-            core = self._form.core(items, fixed, ranks, limit)
-            # The incumbent's deviations lie in a complete core, but not always in the nearest.
-            whole = beyond == math.inf and not core.low
-            step = 1 << max(last_bit - fixed.exponent, 0) if whole else 1
-            left, loss = self._left(core.ranks), self._loss(price, core.ranks)
-            if loss > Fraction(window):
-                beyond = min(beyond, window)  # options above the window were left out
-            return _Setting(fixed, core, left, loss, step, beyond)
-        return None
-
-    def _search(self, setting: _Setting, states: int) -> None:
-        """Run the core program; update incumbent, gap and `closed`."""
-        if not setting.searchable:
-            return
-        outcome = self._run(setting, states)
-        # Exact losses against the same best responses; the program's may be low by `low`.
-        loss = setting.loss
-        if outcome.choices is not None:
-            loss -= self.offer(self._form.apply(setting.core, outcome.choices))
-        if setting.beyond <= 0:
-            return  # the ranks may be no best responses: the incumbent counts, the bound does not
-        low = setting.core.low * setting.unit
-        # A solution with a deviation outside the core loses at least what that one does.
-        bound = outcome.bound
-        if setting.beyond < math.inf:
-            bound = min(bound, math.floor(Fraction(setting.beyond) / setting.unit))
-        gap = max(loss - bound * setting.unit + low, Fraction(0))
-        self._gap = gap if self._gap is None else min(self._gap, gap)
-        self.closed = bound == outcome.loss or self._gap == 0
-
-    def _window(self) -> float:
-        """No solution that loses more than this matters."""
-        if self._gap is None:
-            loss = self._loss(self._relaxed.price, self._relaxed.ranks)
-        else:
-            loss = self._gap
-        return max(round_up(loss), 0.0) * (1 + 2.0**-20)
-
-    def _exchange(self, setting: _Setting, rounds: int) -> None:
-        """Look for a better incumbent among exchanges of a few deviations."""
-        core, price = setting.core, setting.price
-        loss = self._loss(price.value, core.ranks)
-        incumbent, target = (math.ceil(x / setting.unit) for x in (loss, loss - self.gap))
-        if setting.searchable:
-            choices = best_exchange(
-                core.classes,
-                setting.left,
-                price.units,
-                incumbent,
-                target,
-                rounds=rounds,
-                deadline=self._deadline,
-            )
-            if choices is not None:
-                self.offer(self._form.apply(core, choices))
-        self.closed = self.gap == 0
-
-    def _price_ranks(self, setting: _Setting) -> None:
-        """Tighten the gap by a price on the number of ranks, where that number is limited."""
-        form, price = self._form, setting.price.value
-        if self.closed or not isinstance(form, ConcaveForm):
-            return
-        if form.size_of_all() > _MAX_DEVIATIONS:
-            return
-        # A better solution wastes less budget than the incumbent's whole loss is worth.
-        loss = self._loss(price, setting.core.ranks) + setting.core.low * setting.unit
-        cut = cardinality_cut(form, math.floor(loss / Fraction(price)))
-        if cut is None:
-            return
-        swapped = swaps_at_limit(form, cut)
-        if swapped is not None:
-            self.offer(swapped)
-        # Values are whole multiples of a step, and so is what a better one has more.
-        step = Fraction(2) ** form.last_bit_of_all()
-        ahead = cut.bound - self._problem.value_of(self.ranks)
-        gap = max(math.floor(ahead / step) * step, Fraction(0))
-        if gap < self.gap:
-            self._gap = gap
-            self._cut = cut.price / form.unit, cut.rank_price
-        self.closed = self.gap == 0
-
-    def _left(self, ranks: IntArray) -> int:
-        """Reduced units of budget that a rank vector leaves over."""
-        return (self._problem.spendable - self._problem.cost_of(ranks)) // self._form.unit
-
-    def _loss(self, price: float, best: IntArray) -> Fraction:
-        """How far the incumbent falls short of the Lagrangian value of the best responses."""
-        known = self._known_loss
-        if known is None or known[0] != price or known[1] is not best:
-            short = self._problem.value_difference(best, self.ranks)
-            known = self._known_loss = price, best, short + Fraction(price) * self._left(best)
-        return known[2]
-
-    def _run(self, setting: _Setting, states: int) -> Outcome:
-        """The core program against the incumbent's loss, which is rounded up to whole units."""
-        core, price = setting.core, setting.price.units
-        incumbent = math.ceil(setting.loss / setting.unit)
-        # Every solution moves the cost by a multiple of the moves' common divisor; the budget
-        # that is left over at least is lost to all of them.
-        divisor = math.gcd(*(move for group in core.classes for move in group.moves.tolist()))
-        lost = setting.left % divisor if divisor else max(setting.left, 0)
-        base = price * lost
-        # What is better than the incumbent is better by a whole step at least.
-        target = incumbent - base - setting.step + 1
-        if target <= 0:
-            return Outcome(incumbent, None, incumbent, 0)
-        outcome = solve_core(
-            core.classes, setting.left - lost, price, target, states, self._deadline
-        )
-        if outcome.choices is None:
-            outcome.loss = incumbent - base
-        if outcome.bound == target:
-            outcome.bound = outcome.loss
-        outcome.loss += base
-        outcome.bound += base
-        return outcome
 
     def offer(self, ranks: IntArray) -> Fraction:
         """Take a rank vector as the incumbent if it is feasible and better; what it gained."""
@@ -329,4 +128,149 @@ class Search:
         self._known_loss = None
         if self._gap is not None:
             self._gap -= gained
+            if self._gap < 0:
+                raise RuntimeError("the search contradicts itself; please report this problem")
         return gained
+
+    def _price_gap(self) -> Fraction:
+        """What the incumbent lacks to the bound of the relaxation's price alone."""
+        price, ranks = self._relaxed.price, self._relaxed.ranks
+        setting = fit(self._form, price, ranks, lambda p, r: self._choose(p, r, 0.0))
+        if setting is not None and setting.price.value == price:
+            return self._loss_in(setting) + setting.core.low * setting.unit
+        # Without a core: each best response that `ranks` is not gains less than the reach over it.
+        items = self._form.within(price, ranks, 0.0)
+        hidden = Fraction(self._form.reach(items, price, ranks)) * self._form.size(items)
+        return self._loss(price, ranks) + hidden
+
+    def _nearest(self, count: int) -> Setting | None:
+        """The core of the nearest deviations."""
+
+        def choose(price: float, ranks: IntArray) -> Choice:
+            window = self._window(price, ranks)
+            items, beyond = self._form.nearest(price, ranks, count, window)
+            return Choice(items, window, beyond)
+
+        return fit(self._form, self._relaxed.price, self._relaxed.ranks, choose)
+
+    def _whole(self) -> Setting | None:
+        """The core of all deviations that a better solution may use."""
+        least = 0.0
+        for _ in range(4):
+            setting = fit(
+                self._form,
+                self._relaxed.price,
+                self._relaxed.ranks,
+                lambda p, r, w=least: self._choose(p, r, max(self._window(p, r), w)),
+            )
+            if setting is None or self._loss_in(setting) <= setting.window:
+                return setting
+            # Best responses turned out better than `ranks` by rounding.
+            least = round_up(self._loss_in(setting)) * _WIDER
+        return None
+
+    def _choose(self, price: float, ranks: IntArray, window: float) -> Choice:
+        return Choice(self._form.within(price, ranks, window), window)
+
+    def _window(self, price: float, ranks: IntArray) -> float:
+        """No solution that loses more than this is better than the incumbent."""
+        return max(round_up(self._loss(price, ranks)), 0.0) * _WIDER
+
+    def _loss_in(self, setting: Setting) -> Fraction:
+        return self._loss(setting.price.value, setting.core.ranks)
+
+    def _loss(self, price: float, best: IntArray) -> Fraction:
+        """How far the incumbent falls short of the Lagrangian value of the best responses."""
+        known = self._known_loss
+        if known is None or known[0] != price or known[1] is not best:
+            left = (self._problem.spendable - self._problem.cost_of(best)) // self._form.unit
+            short = self._problem.value_difference(best, self.ranks)
+            known = self._known_loss = price, best, short + Fraction(price) * left
+        return known[2]
+
+    def _search(self, setting: Setting, states: int) -> None:
+        """Run the core program; update incumbent, gap and `closed`."""
+        loss = self._loss_in(setting)
+        outcome = self._run(setting, loss, states)
+        if outcome.choices is not None:
+            loss -= self.offer(self._form.apply(setting.core, outcome.choices))
+        bound = outcome.bound * setting.unit
+        if setting.beyond is not None:
+            if setting.beyond <= 0:
+                # Ranks outside the core may be no best responses: the loss is not the whole one.
+                return
+            # They are, and a solution with a deviation outside loses at least what that one does.
+            bound = min(bound, setting.beyond)
+        if loss > setting.window:
+            bound = min(bound, Fraction(setting.window))  # options above it were left out
+        # The loss is exact; the program's losses may be low by so much.
+        gap = max(loss - bound + setting.core.low * setting.unit, Fraction(0))
+        self._gap = gap if self._gap is None else min(self._gap, gap)
+        proved = bound >= outcome.loss * setting.unit
+        self.closed = self.closed or proved or self._gap == 0
+
+    def _run(self, setting: Setting, loss: Fraction, states: int) -> Outcome:
+        """The core program against the incumbent's loss, which is rounded up to whole units."""
+        core, price = setting.core, setting.price.units
+        incumbent = math.ceil(loss / setting.unit)
+        # Every solution moves the cost by a multiple of the moves' common divisor; the budget
+        # that is left over at least is lost to all of them.
+        divisor = math.gcd(*(move for group in core.classes for move in group.moves.tolist()))
+        lost = setting.left % divisor if divisor else max(setting.left, 0)
+        base = price * lost
+        # What is better than the incumbent is better by a whole step at least.
+        target = incumbent - base - setting.step + 1
+        if target <= 0:
+            return Outcome(incumbent, None, incumbent, 0)
+        capped = min(target, CAP)
+        outcome = solve_core(
+            core.classes, setting.left - lost, price, capped, states, self._deadline
+        )
+        if outcome.choices is None:
+            outcome.loss = incumbent - base
+            if outcome.bound == target:
+                outcome.bound = outcome.loss  # nothing is a step better, so nothing is better
+        outcome.loss += base
+        outcome.bound += base
+        return outcome
+
+    def _exchange(self, setting: Setting, rounds: int) -> None:
+        """Look for a better incumbent among exchanges of a few deviations."""
+        loss = self._loss_in(setting)
+        incumbent, target = (math.ceil(x / setting.unit) for x in (loss, loss - self.gap))
+        choices = best_exchange(
+            setting.core.classes,
+            setting.left,
+            setting.price.units,
+            min(incumbent, CAP),
+            target,
+            rounds=rounds,
+            deadline=self._deadline,
+        )
+        if choices is not None:
+            self.offer(self._form.apply(setting.core, choices))
+        self.closed = self.closed or self.gap == 0
+
+    def _price_ranks(self, setting: Setting) -> None:
+        """Tighten the gap by a price on the number of ranks, where that number is limited."""
+        form, price = self._form, setting.price.value
+        if self.closed or self._cut is not None or not isinstance(form, ConcaveForm):
+            return
+        if form.size_of_all() > MAX_DEVIATIONS:
+            return
+        # A better solution wastes less budget than the incumbent's whole loss is worth.
+        loss = self._loss_in(setting) + setting.core.low * setting.unit
+        cut = cardinality_cut(form, math.floor(loss / Fraction(price)), self._deadline)
+        if cut is None:
+            return
+        swapped = swaps_at_limit(form, cut)
+        if swapped is not None:
+            self.offer(swapped)
+        # Values are whole multiples of a step, and so is what a better one has more.
+        step = Fraction(2) ** form.last_bit_of_all()
+        ahead = cut.bound - self._problem.value_of(self.ranks)
+        gap = max(math.floor(ahead / step) * step, Fraction(0))
+        if gap < self.gap:
+            self._gap = gap
+            self._cut = cut.price / form.unit, cut.rank_price
+        self.closed = self.closed or self.gap == 0

@@ -10,8 +10,9 @@ from lorambo_alloc.solvers.search import Search, form_of
 def solve_water_filling(problem: Problem, time_limit: float | None = None) -> Allocation:
     """Ranks at one common price, and the gap that the price proves.
 
-    With equal costs and single ranks of descending gain this is optimal. In general it loses at
-    most the gain of one more step.
+    With equal costs and single ranks of descending gain this is optimal. With unequal costs and
+    such ranks it loses less than the first rank that no longer fitted gains. With steps of other
+    kinds it may lose more. The certificate states what it lost at most.
 
     Args:
         problem: any problem with gains.

@@ -86,9 +86,36 @@ def test_tied_layers_are_raised_for_the_worst_of_them():
         assert allocate(spectra, budget, **keywords).ranks.tolist() == expected
 
 
+def test_a_tied_layer_is_lowered_by_the_others_too():
+    # Raising the pair for a lowers b as well, to 0.5; next come a at 3 and c at 2.
+    spectra = {"a": [5.0, 4.0, 3.0], "b": [3.5, 0.5, 0.2], "c": [2.0, 1.0], "d": [4.5]}
+    keywords = {"tied": [["a", "b"]], "costs": [1, 1, 1, 50], "objective": "operator"}
+    for budget, expected in (
+        (2, [1, 1, 0, 0]),
+        (4, [2, 2, 0, 0]),
+        (5, [2, 2, 1, 0]),
+        (6, [3, 3, 0, 0]),
+        (8, [3, 3, 2, 0]),
+    ):
+        problem = Problem(spectra, budget, **keywords)
+        assert solve(problem).ranks.tolist() == expected
+        assert tails_of(problem) == brute_force_bottleneck(problem)[0]
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_of_equal_values_the_cheapest_to_lower_goes_first(names):
+    costs = dict(zip(names, [5, 2], strict=True))
+    problem = Problem({name: [3.0, 1.0] for name in names}, 6, costs=costs, objective="operator")
+    # Of 6, the layer of cost 5 would leave nothing for the other.
+    assert solve(problem).ranks.tolist() == [0, 2]
+
+
 def test_no_layers_and_no_values():
-    assert solve(Problem({}, 3, objective="operator")).value == 0.0
-    assert solve(Problem({"a": [0.0, 0.0]}, 3, objective="operator")).value == 0.0
+    for spectra in ({}, {"a": [0.0, 0.0]}, {"a": [2.0]}):
+        allocation = solve(Problem(spectra, 3, objective="operator"))
+        check_answer(allocation)
+        assert allocation.value == 0.0
+        assert allocation.certificate.method == "threshold and leximax"
 
 
 def test_many_layers():

@@ -3,11 +3,17 @@
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorambo_alloc import GainCurves, Problem
-from lorambo_alloc.solvers.cardinality import cardinality_cut, fewest_ranks, most_ranks
+from lorambo_alloc.solvers.cardinality import (
+    cardinality_cut,
+    fewest_ranks,
+    most_ranks,
+    swaps_at_limit,
+)
 from lorambo_alloc.solvers.concave import ConcaveForm
 from lorambo_alloc.testing import brute_force, dynamic_program
 from tests.strategies import examples
@@ -79,3 +85,48 @@ def test_the_bound_is_exact_where_all_is_priced():
     assert brute_force(problem)[0] == 12
     assert cut is None or cut.bound >= 12
     assert cut is None or cut.bound <= Fraction(66, 5)
+
+
+@pytest.mark.parametrize("gain", [3, -2])
+@pytest.mark.parametrize("seed", range(12))
+def test_swaps_keep_the_number_of_ranks_and_spend_the_budget(gain, seed):
+    rng = np.random.default_rng(seed)
+    costs = rng.integers(40, 400, 30)
+    gains = np.repeat((costs + gain)[:, None].astype(float), 6, axis=1)
+    budget = int(rng.uniform(0.2, 0.8) * 6 * int(costs.sum()))
+    least = {"0": 2, "5": 1}
+    problem = Problem(
+        GainCurves.from_increments(gains), budget, costs=costs.tolist(), min_rank=least
+    )
+    form = ConcaveForm(problem)
+    cut = cardinality_cut(form, 20)
+    swapped = None if cut is None else swaps_at_limit(form, cut)
+    if cut is None or swapped is None:
+        return
+    assert (cut.rank_price > 0) == (gain > 0)
+    problem.check(swapped)
+    assert int(np.sum(swapped - problem.lower)) == cut.ranks
+    # All ranks are worth the same at the two prices, so that only unspent budget is lost.
+    left = budget - problem.cost_of(swapped)
+    assert problem.value_of(swapped) == budget - left + gain * int(swapped.sum())
+    assert left <= 9
+
+
+def test_swaps_are_found_where_they_are_needed():
+    best = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        costs = rng.integers(40, 400, 30)
+        gains = np.repeat((costs + 3)[:, None].astype(float), 6, axis=1)
+        problem = Problem(
+            GainCurves.from_increments(gains), 3 * int(costs.sum()), costs=costs.tolist()
+        )
+        form = ConcaveForm(problem)
+        cut = cardinality_cut(form, 20)
+        assert cut is not None
+        swapped = swaps_at_limit(form, cut)
+        if swapped is not None:
+            value = problem.value_of(swapped)
+            assert value <= cut.bound
+            best += float(cut.bound - value) < 1e-6 * float(value)
+    assert best >= 6

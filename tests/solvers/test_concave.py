@@ -17,11 +17,13 @@ from tests.strategies import examples, instances, seeds
 MANY = 1 << 59
 
 
-def random_problem(seed: int, layers: int = 60, ranks: int = 40, distinct: int = 5) -> Problem:
+def random_problem(
+    seed: int, layers: int = 60, ranks: int = 40, distinct: int = 5, low: float = 0, high: float = 1
+) -> Problem:
     rng = np.random.default_rng(seed)
     values = -np.sort(-(rng.random((layers, ranks)) ** 3), axis=1)
     costs = rng.integers(1, 100, distinct)[rng.integers(0, distinct, layers)] * 4
-    budget = int(rng.integers(0, int(costs.sum()) * ranks))
+    budget = int(rng.uniform(low, high) * int(costs.sum()) * ranks)
     return Problem(values, budget, costs=costs.tolist())
 
 
@@ -117,6 +119,10 @@ def test_costs_are_reduced_by_their_common_divisor():
     assert form.unit == 4
     costs, room, budget = form.free_ranks()
     assert (costs.tolist(), room.tolist(), budget) == ([3, 2], [2, 1], 6)
+    # What a minimum takes is neither room nor budget.
+    limited = ConcaveForm(Problem(spectra, 25, costs=[12, 8], min_rank={"a": 1}))
+    costs, room, budget = limited.free_ranks()
+    assert (costs.tolist(), room.tolist(), budget) == ([3, 2], [1, 1], 3)
     # A layer that has no room has no say.
     assert ConcaveForm(Problem(spectra, 25, costs=[12, 7], max_rank={"b": 0})).unit == 12
     assert ConcaveForm(Problem(spectra, 25, costs=[12, 7], min_rank={"b": 1})).unit == 12
@@ -129,6 +135,31 @@ def test_what_is_free():
     assert form.largest_gain() == 4.0
     assert form.last_bit_of_all() == -2
     assert ConcaveForm(Problem({}, 9)).largest_gain() == 0.0
+    # A rank that alone breaks the budget is not free, whatever it gains.
+    dear = ConcaveForm(Problem({"a": [9.0], "b": [2.0, 1.0]}, 3, costs=[4, 1]))
+    assert dear.largest_gain() == 4.0
+    assert dear.size_of_all() == 2
+
+
+def test_the_next_rank_and_the_last():
+    form = ConcaveForm(Problem({"a": [3.0, 1.0], "b": [2.0]}, 9, weights=[1.0, 0.5]))
+    assert form.next_gains(np.array([0, 0])).tolist() == [9.0, 2.0]
+    assert form.next_gains(np.array([1, 0])).tolist() == [1.0, 2.0]
+    assert form.last_gains(np.array([1, 1])).tolist() == [9.0, 2.0]
+    assert form.last_gains(np.array([2, 1])).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_responses_to_a_price(seed):
+    problem = random_problem(seed, 30, 20)
+    form = ConcaveForm(problem)
+    assert problem.gains is not None
+    for price in (1e-3, 1e-2, 0.1):
+        expected = [
+            min(int(np.sum(problem.gains.row(i) > price * float(c // form.unit))), int(room))
+            for i, (c, room) in enumerate(zip(problem.costs, form.free_ranks()[1], strict=True))
+        ]
+        assert form.respond(price).tolist() == expected
 
 
 @given(seeds(), st.floats(0.0, 2.0))
@@ -155,26 +186,43 @@ def test_deviations_within_a_window(seed, share):
     assert form.reach(items, price, ranks) <= window * (1 + 1e-9) + 1e-12
 
 
-@given(seeds(), st.sampled_from([4, 16, 64]), st.floats(0.01, 3.0))
-@settings(max_examples=examples(0.25))
-def test_no_other_deviation_is_nearer(seed, count, share):
-    problem = random_problem(seed, 20, 15)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("layers", "ranks"), [(20, 15), (3, 60), (90, 4)])
+@pytest.mark.parametrize("count", [4, 16, 64])
+@pytest.mark.parametrize("share", [0.05, 1.0, math.inf])
+def test_no_other_deviation_is_nearer(seed, layers, ranks, count, share):
+    problem = random_problem(seed, layers, ranks, low=0.05, high=0.8)
     form = ConcaveForm(problem)
     relaxed = form.relax()
-    price, ranks = relaxed.price, relaxed.ranks
-    if price == 0:
-        return
-    items, beyond = form.nearest(price, ranks, count, share * price * 100)
+    price, at = relaxed.price, relaxed.ranks
+    assert price > 0
+    window = share * price * 100
+    items, beyond = form.nearest(price, at, count, window)
     assert form.size(items) <= count
     found = set(zip(items.rows.tolist(), items.ranks.tolist(), strict=True))
+    free = (problem.lower + form.free_ranks()[1]).tolist()
+    penalties = {}
     assert problem.gains is not None
     for i in range(len(problem.names)):
-        for rank, gain in enumerate(problem.gains.row(i).tolist(), start=1):
-            cost = (rank - int(problem.lower[i])) * int(problem.costs[i])
-            if (i, rank) in found or cost > problem.spendable:
-                continue
-            level = Fraction(price) * int(problem.costs[i] // form.unit)
-            assert abs(Fraction(gain) - level) >= Fraction(beyond)
+        level = Fraction(price) * int(problem.costs[i] // form.unit)
+        for rank in range(int(problem.lower[i]) + 1, free[i] + 1):
+            gain = Fraction(float(problem.gains.row(i)[rank - 1]))
+            penalties[i, rank] = gain - level if rank <= at[i] else level - gain
+    others = [float(penalty) for key, penalty in penalties.items() if key not in found]
+    assert min(others, default=math.inf) >= beyond
+    if found:
+        farthest = max(float(penalties[key]) for key in found)
+        assert farthest < window
+        assert found <= penalties.keys()
+    # And it is no further off than it must be: the nearest other one, or the end of what was seen.
+    reach = count // layers + 2
+    ends = [
+        float(penalties[i, rank])
+        for i in range(layers)
+        for rank in (int(at[i]) - reach + 1, int(at[i]) + reach)
+        if (i, rank) in penalties
+    ]
+    assert beyond >= min([*others, *ends], default=math.inf) * (1 - 1e-9) - 1e-12
 
 
 def exact_price(form: ConcaveForm, price: float, window: float, ranks: np.ndarray) -> Price:

@@ -132,3 +132,23 @@ def test_ranks_of_a_gap_at_the_end_of_what_doubles_hold():
         optimum, _ = brute_force(allocation.problem)
         check_optimum(allocation, optimum)
         assert allocation.certificate.gap <= float(optimum) * Fraction(1, 2**40)
+
+
+@pytest.mark.parametrize("family", ["strongly_correlated_linear", "inverse_strongly_correlated"])
+@pytest.mark.parametrize("size", [(150, 4), (40, 20)])
+def test_two_prices_prove_what_a_search_does_not(family, size):
+    allocation = HARD_FAMILIES[family](*size).allocate()
+    certificate = allocation.certificate
+    assert certificate.status == "optimal_exact"
+    assert certificate.cut is not None
+    verification = certificate.verify(allocation.problem, allocation.ranks, effort=0)
+    assert verification.proof == "two prices"
+    assert verification.value == allocation.problem.value_of(allocation.ranks)
+
+
+@pytest.mark.parametrize("size", [(30, 6), (150, 4)])
+@pytest.mark.parametrize("family", [f for f in HARD_FAMILIES if f != "proportional_large_costs"])
+def test_hard_families_are_proven(family, size):
+    allocation = HARD_FAMILIES[family](*size).allocate()
+    check_answer(allocation)
+    assert allocation.certificate.status == "optimal_exact"

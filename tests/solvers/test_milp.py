@@ -79,5 +79,7 @@ def test_the_time_limit_reaches_the_solver(problem, monkeypatch):
 
 
 def test_nothing_to_solve():
-    assert solve(Problem({}, 4), "milp").value == 0.0
-    assert solve(Problem({"a": [2.0]}, 4), "milp").value == 4.0
+    for spectra, value in (({}, 0.0), ({"a": [2.0]}, 4.0)):
+        allocation = solve(Problem(spectra, 4), "milp")
+        assert allocation.value == value
+        assert allocation.certificate.method == "milp"

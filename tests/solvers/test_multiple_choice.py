@@ -1,8 +1,10 @@
 """Any curve, any limit: the price, and the options near it."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,12 +57,32 @@ def test_relaxation(instance: Instance):
         assert row[at] >= max(row) - slack
 
 
-def test_a_relaxation_is_filled_up():
-    curves = GainCurves({"a": [0.0, 60.0], "b": [0.0, 40.0], "c": [0.0, 21.0]})
-    problem = Problem(curves, 9, costs=[6, 5, 3], fixed_costs=[0, 0, 0], multiple_of=1)
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (0, 0),
+        (2, 0),
+        (3, 3),
+        (5, 5),
+        (6, 6),
+        (8, 8),
+        (9, 9),
+        (11, 11),
+        (12, 11),
+        (13, 11),
+        (14, 14),
+    ],
+)
+def test_a_relaxation_of_ties_is_filled_up(budget, expected):
+    # Every unit of cost gains 2, so that the value says how much was spent.
+    curves = GainCurves({"a": [0.0, 12.0], "b": [0.0, 10.0], "c": [0.0, 6.0]})
+    problem = Problem(curves, budget, costs=[6, 5, 3])
     relaxed = MultipleChoiceForm(problem).relax()
-    assert relaxed.ranks.tolist() == [1, 0, 0]
-    assert problem.cost_of(relaxed.feasible) <= 9
+    spent = problem.cost_of(relaxed.feasible)
+    assert problem.value_of(relaxed.feasible) == 2 * spent
+    assert spent <= budget
+    # In the order of the table, whatever fits.
+    assert spent >= expected - 3
 
 
 def test_costs_beyond_the_cheapest_are_reduced():
@@ -101,27 +123,37 @@ def test_options_within_a_window(instance: Instance, share):
         assert abs(row[at] - row[position - start]) <= Fraction(reach)
 
 
-@given(instances(), st.sampled_from([1, 3, 8]), st.floats(0.01, 1.0))
-@settings(max_examples=examples(0.5))
-def test_no_other_option_is_nearer(instance: Instance, count, share):
-    problem = instance.problem()
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("count", [1, 4, 16, 64])
+@pytest.mark.parametrize("share", [0.02, 0.3, math.inf])
+def test_no_other_option_is_nearer(seed, count, share):
+    problem = non_concave(12, 14, seed).problem()
     form = MultipleChoiceForm(problem)
     relaxed = form.relax()
-    if relaxed.price == 0:
-        return
+    assert relaxed.price > 0
     every = scores(problem, form, Fraction(relaxed.price))
     table = option_table(problem)
     window = share * float(max(max(row) - min(row) for row in every))
     items, beyond = form.nearest(relaxed.price, relaxed.ranks, count, window)
     found = set(items.positions.tolist())
+    assert len(found) <= count + len(table.members)
+    variables = np.searchsorted(table.offsets, items.positions, side="right") - 1
+    assert items.variables.tolist() == variables.tolist()
+    others, kept = [], []
     for v, row in enumerate(every):
         start = int(table.offsets[v])
         mine = int(relaxed.ranks[table.members[v][0]])
         at = table.ranks[start : start + len(row)].tolist().index(mine)
         for n, score in enumerate(row):
-            if n != at and start + n not in found:
-                # A variable's best option may be another one, better by rounding.
-                assert max(row) - score >= Fraction(beyond)
+            if n != at:
+                (kept if start + n in found else others).append(float(row[at] - score))
+        # Where any option of a variable is kept, so is the one to compare it with.
+        mentioned = {start + n for n in range(len(row))} & found
+        assert not mentioned or start + at in mentioned
+    slack = 1e-9 * max(map(abs, [*others, *kept]))
+    assert min(others, default=math.inf) >= beyond - slack
+    assert beyond >= min(others, default=math.inf) - slack
+    assert max(kept, default=-math.inf) <= min(window, beyond) + slack
 
 
 @given(instances())

@@ -26,7 +26,7 @@ def test_a_stopped_search_narrows_its_gap(general):
     optimum = solve(problem)
     assert optimum.certificate.status == "optimal_exact"
     gaps = [search.gap]
-    while not search.finished and search.widen():
+    while not search.finished and search.advance():
         gaps.append(search.gap)
         # At every point the answer is certified, and the optimum lies within the gap.
         check_optimum(search.allocation("so far"), problem.value_of(optimum.ranks))
@@ -66,6 +66,6 @@ def test_a_deviation_outside_the_nearest_ones_is_no_proof():
         optimum = dynamic_program(problem)
         assert optimum == 1_000_130
         search = Search(form_of(problem))
-        while not search.finished and search.widen():
+        while not search.finished and search.advance():
             check_optimum(search.allocation("so far"), optimum)
         check_optimum(search.allocation("in the end"), optimum)
