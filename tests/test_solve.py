@@ -71,7 +71,7 @@ def test_what_is_no_time_limit(bad):
         allocate(SPECTRA, 3, time_limit=bad)
 
 
-@pytest.mark.parametrize("limit", [0, 0.0, 1, 2.5, np.float32(1.0), None])
+@pytest.mark.parametrize("limit", [0, 0.0, 1, 2.5, np.float32(1.0), math.inf, None])
 def test_time_limits(limit):
     check_answer(allocate(SPECTRA, 3, time_limit=limit))
 

@@ -8,7 +8,8 @@
    The core program runs over all of them, holding more states each time, until nothing better
    can have been dropped. Exchanges and a price on the number of ranks help where gains follow
    the costs.
-4. If time or states run out, what was dropped is part of the bound: the gap stays proved.
+4. Small problems that no 64-bit fixed point holds are searched once more in longer integers.
+5. If time or states run out, what was dropped is part of the bound: the gap stays proved.
 """
 
 from __future__ import annotations
@@ -34,4 +35,6 @@ def solve_exact(problem: Problem, time_limit: float | None = None) -> Allocation
     search = Search(form, deadline)
     while not search.finished and search.advance():
         pass
+    if not search.finished:
+        search.settle_in_integers()
     return search.allocation(form.name)

@@ -17,6 +17,7 @@ from lorambo_alloc.solvers.concave import ConcaveForm
 from lorambo_alloc.solvers.core import Form
 from lorambo_alloc.solvers.core_program import Outcome, solve_core
 from lorambo_alloc.solvers.exchange import best_exchange
+from lorambo_alloc.solvers.integers import best_in_integers
 from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
 from lorambo_alloc.solvers.setting import CAP, MAX_DEVIATIONS, Choice, Setting, fit
 
@@ -104,6 +105,15 @@ class Search:
             self._exchange(setting, stage.exchanges)
             self._price_ranks(setting)
         return True
+
+    def settle_in_integers(self) -> None:
+        """Where 64 bits were too few for a small problem, search it in integers of any length."""
+        price = self._relaxed.price / self._form.unit
+        ranks = best_in_integers(self._problem, price, self.ranks, self._deadline)
+        if ranks is not None:
+            self.offer(ranks)
+            self._gap = Fraction(0)
+            self.closed = True
 
     def allocation(self, method: str) -> Allocation:
         """The incumbent with its certificate, made out by the named method."""
