@@ -74,8 +74,8 @@ def allocate(
     if json_file is not None:
         document = {"spectra": str(file), "objective": objective, **_as_json(allocation)}
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-        with _refusing(json_file), replacing(json_file) as file:
-            file.write(text.encode())
+        with _refusing(json_file), replacing(json_file) as out:
+            out.write(text.encode())
     print(repr(allocation))
 
 
