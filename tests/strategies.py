@@ -209,3 +209,24 @@ def random_ranks(problem: Any, rng: np.random.Generator) -> Any:
     for group in problem.variables:
         ranks[list(group)] = rng.choice(problem.allowed_ranks(group[0]))
     return ranks
+
+
+def finer_than_fixed_point(seed: int) -> Instance:
+    """A small problem of gains that differ in bits which a fixed point over all of them loses."""
+    rng = np.random.default_rng(seed)
+    layers, ranks = int(rng.integers(3, 7)), 3
+    small = 2.0 ** -int(rng.integers(0, 14))
+    rows: list[Any] = []
+    for _ in range(layers):
+        if seed % 2:
+            row = rng.choice([1.0, small * (1 + 2.0**-52), small, small * (1 - 2.0**-53), 0], ranks)
+        elif rng.random() < 0.4:
+            row = rng.integers(1, 3, ranks) + 0.0
+        else:
+            row = (1 + rng.integers(0, 16, ranks) * 2.0**-52) * 2.0**-9
+        rows.append(row)
+    if rng.random() < 0.5:
+        rows = [-np.sort(-row) for row in rows]
+    costs = rng.integers(1, [4, 30, 1000][int(rng.integers(3))], layers).tolist()
+    budget = int(rng.uniform(0.1, 0.9) * ranks * sum(costs))
+    return Instance("fine gains", GainCurves.from_increments(rows), budget, {"costs": costs})

@@ -20,6 +20,14 @@ from tests.strategies import examples, instances
 THIRD = Fraction(1, 3)
 
 
+def test_price_of_a_certificate_that_is_no_number():
+    allocation = allocate({"a": [2.0]}, 1)
+    for price in ("1", None, True, 1):
+        forged = dataclasses.replace(allocation.certificate, price=price)
+        with pytest.raises(CertificateError, match="finite prices"):
+            forged.verify(allocation.problem, allocation.ranks)
+
+
 def optimal_claim(problem: Problem, ranks: Any, price: float) -> Certificate:
     """A certificate that says these ranks are optimal, consistent in itself."""
     value = problem.value_of(ranks)

@@ -162,11 +162,13 @@ def test_the_number_of_ranks_in_the_bound_of_two_prices(drawn, budget, waste):
     names = [f"{i}" for i in range(len(drawn))]
     curves = GainCurves.from_increments({name: [0.0] * 6 for name in names})
     budget += sum(c * low for c, low in zip(costs, lower, strict=True))
-    keywords = {
-        "min_rank": dict(zip(names, lower, strict=True)),
-        "max_rank": dict(zip(names, upper, strict=True)),
-    }
-    problem = Problem(curves, budget, costs=costs, **keywords)
+    problem = Problem(
+        curves,
+        budget,
+        costs=costs,
+        min_rank=dict(zip(names, lower, strict=True)),
+        max_rank=dict(zip(names, upper, strict=True)),
+    )
     feasible = list(all_feasible(problem))
     most = max(int(ranks.sum()) for ranks in feasible)
     # The price takes the fewest ranks; the number of ranks is the most that the budget holds.

@@ -221,7 +221,8 @@ class ConcaveForm:
         level = price * self._costs[items.rows]
         # Negative where the ranks are no best response, which rounding may have hidden.
         taken = items.ranks <= ranks[items.rows]
-        penalties = np.where(taken, items.gains - level, level - items.gains) - level * 2.0**-50
+        penalties = np.where(taken, items.gains - level, level - items.gains)
+        penalties -= (np.abs(items.gains) + level) * 2.0**-50  # never above the true penalty
         # Beyond the last one looked at, a layer's penalties only grow.
         ends = (items.ranks == low[items.rows] + 1) & (low > self._lower)[items.rows]
         ends |= (items.ranks == high[items.rows]) & (high < self._upper)[items.rows]
@@ -252,7 +253,7 @@ class ConcaveForm:
     def reach(self, items: Increments, price: float, ranks: IntArray) -> float:
         """The largest |gain - price * cost|, rounded up."""
         level = price * self._costs[items.rows]
-        distance = np.abs(items.gains - level) + level * 2.0**-50
+        distance = np.abs(items.gains - level) + (np.abs(items.gains) + level) * 2.0**-50
         return float(np.max(distance, initial=0.0))
 
     def last_bit(self, items: Increments) -> int:

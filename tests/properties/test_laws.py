@@ -242,7 +242,10 @@ def test_a_problem_solved_twice_gives_the_same(instance: Instance):
 def test_a_limit_never_helps(instance: Instance, limit: int):
     free = instance.problem()
     longest = int(np.max(free.lower, initial=0))
-    keywords: dict[str, Any] = {**instance.keywords, "max_rank": longest + limit}
+    # On top of the limits that are there already.
+    upper = np.minimum(free.upper, longest + limit).tolist()
+    max_rank = dict(zip(free.names, upper, strict=True))
+    keywords: dict[str, Any] = {**instance.keywords, "max_rank": max_rank}
     try:
         limited = Problem(instance.spectra, instance.budget, **keywords)
     except ValueError:

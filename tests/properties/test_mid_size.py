@@ -71,7 +71,7 @@ def highs(problem: Problem) -> float:
     one_each = (np.arange(len(problem.variables))[:, None] == np.array(owners)).astype(float)
     result = milp(
         -np.array(gains),
-        integrality=np.ones(len(gains)),
+        integrality=np.ones(len(gains), dtype=int),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),

@@ -15,7 +15,7 @@ from lorambo_alloc.testing import (
     small_instance,
 )
 from tests.checks import check_answer, check_optimum
-from tests.strategies import examples, instances, seeds
+from tests.strategies import examples, finer_than_fixed_point, instances, seeds
 
 GAINFUL = tuple(family for family in SMALL_FAMILIES if family != "operator")
 
@@ -68,6 +68,18 @@ def test_family_with_longer_curves(family: str, seed: int):
 def test_no_time_at_all_still_gives_a_certified_answer(instance: Instance):
     allocation = solve(instance.problem(), time_limit=0.0)
     check_optimum(allocation, brute_force(instance.problem())[0])
+
+
+# Seeds at which forgetting what rounding may hide overstates a bound.
+@pytest.mark.parametrize("seed", [117, 299, 363, 396, 461, 638, 792, 838, 880, 908])
+def test_gains_finer_than_the_fixed_point(seed: int):
+    check_solvers(finer_than_fixed_point(seed), "exact", "water_filling")
+
+
+@given(seed=seeds())
+@settings(max_examples=examples(1))
+def test_gains_finer_than_the_fixed_point_at_random(seed: int):
+    check_solvers(finer_than_fixed_point(seed), "exact", "water_filling")
 
 
 def check_bottleneck(problem: Any) -> None:

@@ -1,5 +1,7 @@
 """The operator norm: the least threshold, then the next largest value, and so on."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -87,9 +89,9 @@ def test_tied_layers_are_raised_for_the_worst_of_them():
 
 
 def test_a_tied_layer_is_lowered_by_the_others_too():
-    # Raising the pair for a lowers b as well, to 0.5; next come a at 3 and c at 2.
-    spectra = {"a": [5.0, 4.0, 3.0], "b": [3.5, 0.5, 0.2], "c": [2.0, 1.0], "d": [4.5]}
-    keywords = {"tied": [["a", "b"]], "costs": [1, 1, 1, 50], "objective": "operator"}
+    # Nothing pays for d. Raising the pair for a lowers b as well; next come a again, and c.
+    spectra = {"a": [5.0, 4.0, 3.0], "b": [3.5, 0.5, 0.2], "c": [2.0, 1.0], "d": [5.5]}
+    keywords: dict[str, Any] = {"tied": [["a", "b"]], "costs": [1, 1, 1, 50]}
     for budget, expected in (
         (2, [1, 1, 0, 0]),
         (4, [2, 2, 0, 0]),
@@ -97,7 +99,7 @@ def test_a_tied_layer_is_lowered_by_the_others_too():
         (6, [3, 3, 0, 0]),
         (8, [3, 3, 2, 0]),
     ):
-        problem = Problem(spectra, budget, **keywords)
+        problem = Problem(spectra, budget, objective="operator", **keywords)
         assert solve(problem).ranks.tolist() == expected
         assert tails_of(problem) == brute_force_bottleneck(problem)[0]
 

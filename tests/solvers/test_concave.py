@@ -100,6 +100,15 @@ def test_relaxation_where_ties_lie_among_others():
             check_relaxed(ConcaveForm(problem))
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_relaxation_of_costs_whose_sum_leaves_64_bits(seed, share):
+    rng = np.random.default_rng(seed)
+    values = -np.sort(-rng.random((40, 40)), axis=1)
+    costs = (2**53 - rng.integers(0, 1000, 40)).tolist()
+    check_relaxed(ConcaveForm(Problem(values, int(share * 2**62), costs=costs)))
+
+
 def test_a_relaxation_is_filled_up():
     # The break leaves 4; the next increments by density cost 5, 3 and 1.
     problem = Problem(

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lorambo_alloc import GainCurves, allocate, solve
+from lorambo_alloc import GainCurves, Problem, allocate, solve
 from lorambo_alloc.solvers.exact import solve_exact
 from lorambo_alloc.testing import (
     HARD_FAMILIES,
@@ -82,8 +82,11 @@ def test_costs_that_leave_gains_no_bits(seed):
     rows = [-np.sort(-(rng.integers(1, 4, 3) * float(c) - rng.integers(0, 9, 3))) for c in costs]
     step = 2 if seed % 3 == 0 else 1
     budget = int(rng.uniform(0, 3) * sum(costs))
-    allocation = allocate(GainCurves.from_increments(rows), budget, costs=costs, multiple_of=step)
-    check_optimum(allocation, brute_force(allocation.problem)[0])
+    problem = Problem(GainCurves.from_increments(rows), budget, costs=costs, multiple_of=step)
+    optimum, _ = brute_force(problem)
+    check_optimum(solve(problem), optimum)
+    check_optimum(solve(problem, "water_filling"), optimum)
+    check_optimum(solve(problem, time_limit=0.0), optimum)
 
 
 def test_gains_beyond_the_reach_of_the_fixed_point():
@@ -152,3 +155,14 @@ def test_hard_families_are_proven(family, size):
     allocation = HARD_FAMILIES[family](*size).allocate()
     check_answer(allocation)
     assert allocation.certificate.status == "optimal_exact"
+
+
+def test_a_penalty_far_above_the_price_is_rounded_down():
+    # gain - price * cost rounds by an ulp of the gain, which is more than one of price * cost.
+    p = 1 + 3 * 2.0**-52
+    fillers = {f"filler{i}": [64 * p - 10.0 - i / 64] for i in range(63)}
+    increments = {"big": [1e6], "a": [31.875], "b": [32 * p], **fillers}
+    costs = {"big": 1000, "a": 1, "b": 32, **dict.fromkeys(fillers, 64)}
+    allocation = solve(Problem(GainCurves.from_increments(increments), 1032, costs=costs))
+    assert allocation.certificate.status == "optimal_exact"
+    assert allocation.certificate.verify(allocation.problem, allocation.ranks).complete

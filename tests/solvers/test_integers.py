@@ -1,65 +1,76 @@
-"""Small problems in integers of any length, against brute force."""
+"""The core program in integers of any length, for what 64 bits do not hold."""
+
+import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorambo_alloc import GainCurves, Problem, solve
+from lorambo_alloc import Problem, solve
 from lorambo_alloc.solvers.integers import best_in_integers
-from lorambo_alloc.testing import SMALL_FAMILIES, brute_force, small_instance
+from lorambo_alloc.testing import Instance, brute_force, proportional_large_costs
+from tests.checks import all_feasible
+from tests.strategies import examples, finer_than_fixed_point, instances, seeds
 
-FAMILIES = [family for family in SMALL_FAMILIES if family != "operator"]
+prices = st.one_of(st.just(0.0), st.floats(1e-9, 1e3), st.floats(1e-320, 1e-300))
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from(FAMILIES), st.sampled_from([0.0, 0.5, 1.0, 3.0]))
-def test_is_optimal_at_any_price(seed, family, factor):
-    problem = small_instance(np.random.default_rng(seed), family).problem()
-    quick = solve(problem, "water_filling")
-    ranks = best_in_integers(problem, factor * quick.certificate.price, quick.ranks)
+@given(instances(), prices, st.data())
+@settings(max_examples=examples(1))
+def test_the_optimum_is_found_at_any_price(instance: Instance, price: float, data):
+    problem = instance.problem()
+    start = data.draw(st.sampled_from(list(all_feasible(problem))))
+    before = start.copy()
+    ranks = best_in_integers(problem, price, start)
     assert ranks is not None
     problem.check(ranks)
     assert problem.value_of(ranks) == brute_force(problem)[0]
+    assert np.array_equal(start, before)
 
 
-def test_keeps_what_is_optimal_already():
-    problem = Problem({"a": [3.0, 1.0], "b": [2.0]}, 2)
-    ranks = solve(problem).ranks
-    assert best_in_integers(problem, 1.0, ranks) is ranks
+@given(seeds(), prices)
+@settings(max_examples=examples(0.5))
+def test_gains_finer_than_the_fixed_point(seed: int, price: float):
+    problem = finer_than_fixed_point(seed).problem()
+    ranks = best_in_integers(problem, price, problem.lower)
+    assert ranks is not None
+    assert problem.value_of(ranks) == brute_force(problem)[0]
 
 
-def test_too_many_options_are_left_alone():
-    problem = Problem(np.ones((65, 64)), 100)
-    assert best_in_integers(problem, 1.0, problem.lower) is None
+def test_an_optimum_is_given_back():
+    problem = Problem({"a": [2.0, 1.0], "b": [1.5]}, 2)
+    optimum = brute_force(problem)[1]
+    ranks = best_in_integers(problem, 1.0, optimum)
+    assert ranks is not None
+    assert ranks.tolist() == optimum.tolist()
 
 
-def test_too_long_a_search_is_given_up():
-    rng = np.random.default_rng(0)
-    costs = rng.integers(10**8, 10**9, 60)
-    problem = Problem(
-        GainCurves.from_increments(costs[:, None].astype(float)),
-        int(costs.sum()) // 2,
-        costs=costs.tolist(),
-    )
-    assert best_in_integers(problem, 1.0, problem.lower) is None
-    assert best_in_integers(problem, 1.0, problem.lower, deadline=0.0) is None
+def test_no_layers():
+    ranks = best_in_integers(Problem({}, 3), 1.0, np.zeros(0, dtype=np.int64))
+    assert ranks is not None
+    assert len(ranks) == 0
 
 
-@pytest.mark.parametrize("fixed", [None, [2**53 - 1, 0, 0, 0]])
-def test_costs_and_scales_beyond_64_bits(fixed):
-    n = 2**53
-    increments = {
-        "a": [9007199.25474099] * 4,
-        "b": [9007199.254740994] * 3 + [9007199.254740993],
-        "c": [1e-9, 2e-9, 1e-9, 2e-9],
-        "d": [0.0, 1e-9],
-    }
-    problem = Problem(
-        GainCurves.from_increments(increments),
-        72057594037927942,
-        costs=[n - 1, n, 2, 1],
-        fixed_costs=fixed,
-    )
-    allocation = solve(problem)
-    assert allocation.certificate.status == "optimal_exact"
-    assert problem.value_of(allocation.ranks) == brute_force(problem)[0]
+def test_no_time():
+    problem = Problem({"a": [2.0, 1.0], "b": [1.5]}, 2)
+    assert best_in_integers(problem, 0.1, problem.lower, time.monotonic() - 1) is None
+    assert best_in_integers(problem, 0.1, problem.lower, time.monotonic() + 999) is not None
+
+
+@pytest.mark.parametrize("ranks", [62, 63])
+def test_too_many_options(ranks):
+    # 65 layers with 63 or 64 ranks to choose from: 4,095 options, or more than it takes.
+    problem = Problem(np.ones((65, ranks)), 10)
+    found = best_in_integers(problem, 1.0, problem.lower)
+    assert (found is None) == (ranks == 63)
+    if found is not None:
+        assert problem.value_of(found) == 10
+
+
+def test_too_many_states():
+    problem = proportional_large_costs(30, 6).problem()
+    price = solve(problem, "water_filling").certificate.price
+    start = time.monotonic()
+    assert best_in_integers(problem, price, problem.lower) is None
+    assert time.monotonic() - start < 60

@@ -35,7 +35,7 @@ def test_gains_are_scaled_first(scale):
 
 def answers(monkeypatch, x) -> None:
     def milp(*arguments, **keywords):
-        return scipy.optimize.OptimizeResult(x=x, status=0)
+        return scipy.optimize.OptimizeResult({"x": x, "status": 0})
 
     monkeypatch.setattr(scipy.optimize, "milp", milp)
 
