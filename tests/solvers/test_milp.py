@@ -1,6 +1,7 @@
 """The mixed-integer program: a cross-check that is not believed either."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def test_gains_are_scaled_first(scale):
 
 def answers(monkeypatch, x) -> None:
     def milp(*arguments, **keywords):
-        return scipy.optimize.OptimizeResult({"x": x, "status": 0})
+        return SimpleNamespace(x=x, status=0)
 
     monkeypatch.setattr(scipy.optimize, "milp", milp)
 
