@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
@@ -181,9 +181,13 @@ class Certificate:
         return Verification(value, bound, "unfinished" if found is None else "search")
 
     def _cut_is_well_formed(self) -> bool:
-        if self.cut is None:
-            return True
-        return len(self.cut) == 2 and _is_price(self.cut[0]) and _is_price(abs(self.cut[1]))
+        match cast(object, self.cut):  # it may come from a file
+            case None:
+                return True
+            case (float(price), float(rank_price)):
+                return _is_price(price) and _is_price(abs(rank_price))
+            case _:
+                return False
 
     def _cut_proves(
         self, problem: Problem, ranks: IntArray, claimed: Fraction, bound: Fraction

@@ -10,8 +10,10 @@ import numpy as np
 from lorambo_alloc.arrays import FlatLayers, chunks
 from lorambo_alloc.objectives import FloatArray, IntArray, Objective, schatten
 
-# Below this the square of a singular value has lost bits, or all of them.
+# Below this the square of a singular value has lost bits, or all of them. Above it there is no
+# room left for products with costs and for sums of sums.
 _SMALLEST_GAIN = 2.0**-960
+GREATEST_SUM = 2.0**960
 
 
 class Gains:
@@ -111,11 +113,11 @@ class Gains:
                 f"layer {values.names[i]!r}: a gain overflows (largest value "
                 f"{np.max(np.abs(values.row(i)))}); scale down"
             )
-        if not np.isfinite(total):
+        if total > GREATEST_SUM:
             i = int(np.argmax(largest))
             raise ValueError(
-                f"layer {values.names[i]!r}: the sum of all gains may overflow (largest gain "
-                f"{largest[i]}); scale down"
+                f"layer {values.names[i]!r}: expected gains that sum to at most "
+                f"{GREATEST_SUM:.0e}, got a gain of {largest[i]}; scale down"
             )
         first = np.abs(values.flat[values.offsets[:-1]].astype(np.float64))
         if self.weights is not None:

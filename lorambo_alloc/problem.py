@@ -19,7 +19,7 @@ from lorambo_alloc.costs import (
     whole_numbers,
 )
 from lorambo_alloc.curves import GainCurves, Spectra, check_finite, check_shapes
-from lorambo_alloc.gains import Gains
+from lorambo_alloc.gains import GREATEST_SUM, Gains
 from lorambo_alloc.limits import AllowedRanks, Limit, parse_limits
 from lorambo_alloc.objectives import (
     FloatArray,
@@ -304,11 +304,13 @@ class Problem:
         weighted = FlatLayers(totals.names, flat, totals.offsets)
         check_finite(weighted, "weighted gain curve")
         largest = np.maximum.reduceat(np.abs(flat), totals.offsets[:-1])
-        if np.sum(largest / 2.0**60) >= 2.0**960:
+        with np.errstate(over="ignore"):
+            total = float(np.sum(largest))
+        if total > GREATEST_SUM:
             i = int(np.argmax(largest))
             raise ValueError(
-                f"layer {self.names[i]!r}: sums of gains may overflow (largest {largest[i]}); "
-                "scale down"
+                f"layer {self.names[i]!r}: expected gains that sum to at most {GREATEST_SUM:.0e}, "
+                f"got {largest[i]}; scale down"
             )
         return None, weighted
 

@@ -153,7 +153,7 @@ def swaps_at_limit(form: ConcaveForm, cut: Cut) -> IntArray | None:
         cost = int(costs[i])
         options = [(cost, more[i])] * bool(spends[i]) + [(-cost, less[i])] * bool(frees[i])
         moves = np.array([move for move, _ in options], dtype=np.int64)
-        penalties = np.array([min(penalty / unit, 2.0**58) for _, penalty in options])
+        penalties = np.array([min(float(penalty) / unit, 2.0**58) for _, penalty in options])
         classes.append(Class(moves, penalties.astype(np.int64)))
     price = max(int(cut.price / unit), 1)
     left = budget - int(np.dot(costs, ranks - least))

@@ -140,7 +140,7 @@ def _small_spectrum(rng: np.random.Generator, family: str, length: int) -> Float
     elif family == "zeros":
         values[rng.random(length) < 0.5] = 0.0
     elif family == "huge":
-        values *= 1e150
+        values *= 1e140
     elif family == "tiny":
         # Squares around the smallest normal doubles, subnormal ones and zero included.
         values *= 10.0 ** rng.uniform(-163, -150)
