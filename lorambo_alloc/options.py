@@ -153,7 +153,7 @@ def option_table(problem: Problem) -> OptionTable:
             curve = problem.curve(i)
             value += curve[allowed]
             magnitude += float(np.abs(np.diff(curve[: int(allowed[-1]) + 1])).sum())
-        errors.append(magnitude * (int(allowed[-1]) + len(layers) + 8) * 2.0**-52)
+        errors.append(magnitude * ((int(allowed[-1]) + len(layers) + 8) * 2.0**-52))
         ranks.append(allowed)
         # What is beyond the budget leaves rank 0 alone, and might not fit 64 bits.
         unit, fixed = min(unit, problem.spendable + 1), min(fixed, problem.spendable + 1)

@@ -66,16 +66,24 @@ def responses(
         rank_price: per rank of a layer.
     """
     price_units, rank_units = integer(price), integer(rank_price)
-    for group in problem.variables:
+    least = [
+        problem.cost_at(group, int(problem.allowed_ranks(group[0])[0]))
+        for group in problem.variables
+    ]
+    spare = problem.budget - sum(least)
+    for group, own in zip(problem.variables, least, strict=True):
+        unit = sum(int(problem.costs[i]) for i in group)
+        fixed = sum(int(problem.fixed_costs[i]) for i in group)
+        # What does not fit beside the least ranks of all others is in no feasible solution.
+        most = (spare + own - fixed) // unit
         allowed = problem.allowed_ranks(group[0])
-        unit = float(sum(int(problem.costs[i]) for i in group))
-        fixed = float(sum(int(problem.fixed_costs[i]) for i in group))
+        allowed = allowed[(allowed <= min(most, 1 << 62)) | (allowed == allowed[0])]
         curve, magnitude = np.zeros(len(allowed)), 0.0
         for i in group:
             row = problem.curve(i)
             curve += row[allowed]
             magnitude += float(np.abs(np.diff(row)).sum()) + float(np.abs(row).max())
-        cost = unit * allowed + fixed * (allowed > 0)
+        cost = float(unit) * allowed + float(fixed) * (allowed > 0)
         with np.errstate(over="ignore", invalid="ignore"):
             charge = rank_price * len(group) * allowed
             scores = curve - price * cost - charge

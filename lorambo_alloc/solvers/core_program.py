@@ -313,7 +313,7 @@ def _undominated(states: _States, price: int) -> IntArray:
     origin = int(sorted_moves[0])
     shortfall = sorted_penalties - float(price) * (sorted_moves - origin)
     least = np.minimum.accumulate(shortfall)
-    margin = 2.0**-50 * (
+    margin = 2.0**-49 * (
         float(sorted_penalties.max()) + float(price) * float(sorted_moves[-1] - origin)
     )
     keep = np.ones(len(order), dtype=bool)

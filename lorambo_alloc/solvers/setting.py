@@ -104,6 +104,8 @@ def fit(form: Form, price: float, ranks: IntArray, choose: Chooser) -> Setting |
             # All solutions below the window are to be found. Among the nearest deviations, one
             # that loses little is good enough, and the price keeps its bits.
             reach = max(reach, choice.window)
+        if not math.isfinite(reach):
+            return None
         fixed = Price.of(price, reach, last_bit)
         if fixed.value == price:
             return _set(form, fixed, ranks, choice, last_bit)
