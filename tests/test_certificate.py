@@ -325,6 +325,22 @@ class TestCut:
         with pytest.raises(CertificateError, match="expected finite prices"):
             dataclasses.replace(certificate, cut=cut).verify(problem, ranks)
 
+    def test_a_bound_one_step_too_low_is_not_proven(self):
+        problem, ranks, certificate = self.certificate()
+        optimum = int(problem.value_of(ranks))
+        worse = ranks.copy()
+        worse[int(np.argmax(worse))] -= 1
+        value = int(problem.value_of(worse))
+        for bound, holds in ((optimum, True), (optimum - 1, False)):
+            claim = Certificate(
+                "gap_certified", value, bound, bound - value, certificate.price, "", (1.0, 3.0)
+            )
+            if holds:
+                assert claim.verify(problem, worse, effort=0).proof == "two prices"
+            else:
+                with pytest.raises(CertificateError, match="above the claimed bound"):
+                    claim.verify(problem, worse)
+
     def test_a_cut_does_not_help_an_inferior_answer(self):
         problem, ranks, certificate = self.certificate()
         optimum = problem.value_of(ranks)

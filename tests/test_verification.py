@@ -31,9 +31,13 @@ def test_integers_are_exact(value):
 
 
 def scores(problem: Problem, group, price: float, rank_price: float) -> dict[int, Fraction]:
-    """Exact score of every allowed rank of a variable."""
+    """Exact score of every allowed rank of a variable that fits beside the least ones."""
     found = {}
+    spare = problem.budget - problem.cost_of(problem.lower)
+    own = problem.cost_at(group, int(problem.lower[group[0]]))
     for rank in problem.allowed_ranks(group[0]).tolist():
+        if problem.cost_at(group, rank) - own > spare:
+            continue
         ranks = np.zeros(len(problem.names), dtype=np.int64)
         ranks[list(group)] = rank
         charge = Fraction(price) * problem.cost_at(group, rank)
@@ -86,10 +90,23 @@ def test_totals_in_any_order(instance: Instance, data):
     problem = instance.problem()
     for group in problem.variables:
         allowed = problem.allowed_ranks(group[0]).tolist()
+        every = scores(problem, group, 0.0, 0.0)
+        allowed = [rank for rank in allowed if rank in every]
         ranks = data.draw(st.lists(st.sampled_from(allowed), max_size=5))
         totals = exact_totals(problem, group, ranks)
-        every = scores(problem, group, 0.0, 0.0)
         assert [Fraction(total, SCALE) for total in totals] == [every[rank] for rank in ranks]
+
+
+@pytest.mark.parametrize("tied", [(), [["a", "b", "c"]], [["c", "a"]]])
+def test_totals_of_tied_layers_whose_gains_are_no_doubles(tied):
+    # 1 - 2^-60 is no double, so that only the totals are exact.
+    curves = GainCurves({name: [0.0, 2.0**-60, 1.0 + k] for k, name in enumerate("abc")})
+    problem = Problem(curves, 9, tied=tied)
+    assert problem.gains is None
+    for group in problem.variables:
+        every = scores(problem, group, 0.0, 0.0)
+        totals = exact_totals(problem, group, [2, 0, 1])
+        assert [Fraction(total, SCALE) for total in totals] == [every[r] for r in (2, 0, 1)]
 
 
 def brute(classes, left: int, price: int, window: int) -> bool:
@@ -101,7 +118,7 @@ def brute(classes, left: int, price: int, window: int) -> bool:
 
 
 @given(core_classes(), st.integers(-15, 25), st.integers(0, 5), st.integers(0, 80))
-@settings(max_examples=examples(3))
+@settings(max_examples=examples(5))
 def test_a_better_choice_is_found_if_there_is_one(drawn, left, price, window):
     classes = [list(zip(moves, penalties, strict=True)) for moves, penalties in drawn]
     # The classes hold only penalties below the window, as `alternatives` makes them.
@@ -182,7 +199,10 @@ def test_the_number_of_ranks_in_the_bound_of_two_prices(drawn, budget, waste):
         if sum(c * r for c, r in zip(costs, ranks, strict=True)) >= spent
     ]
     cheap = two_price_bound(problem, problem.lower, (0.0, -3.0), waste)
-    assert cheap == 3 * (sum(upper) - min(enough, default=sum(upper)))
+    # Each layer at the greatest rank that fits beside the least ranks of the others.
+    spare = budget - sum(c * low for c, low in zip(costs, lower, strict=True))
+    fitting = [min(hi, lo + spare // c) for c, lo, hi in zip(costs, lower, upper, strict=True)]
+    assert cheap == 3 * (sum(fitting) - min(enough, default=sum(upper)))
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,19 @@ def test_no_classes():
     assert (nothing.loss, nothing.choices, nothing.bound) == (100, None, 100)
 
 
+@pytest.mark.parametrize("states", [1, 4, 16, 64])
+def test_no_more_states_than_allowed(states):
+    # Every subset of these moves is a state of its own.
+    classes = [Class(np.array([3**k]), np.array([1])) for k in range(9)]
+    residual, price = 3**8 + 3**7 + 3**3, 10
+    outcome = solve_core(classes, residual, price, FAR, states)
+    assert outcome.states <= states + 1
+    assert outcome.bound <= 3 <= outcome.loss
+    whole = solve_core(classes, residual, price, FAR, 10**6)
+    assert whole.loss == whole.bound == 3
+    assert whole.states > 64
+
+
 def test_an_incumbent_is_only_beaten_by_less():
     classes = [Class(np.array([5]), np.array([3]))]
     assert solve_core(classes, 5, 1, 4, 10).loss == 3

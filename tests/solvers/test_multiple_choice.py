@@ -71,6 +71,15 @@ def test_a_relaxation_of_ties_is_filled_up(budget):
     assert budget - spent < min(open_.tolist(), default=99)
 
 
+def test_what_fits_to_the_last_unit_is_taken():
+    # d is worth more than the price; of the ties, only b fits beside it, and fills the budget.
+    curves = GainCurves({"a": [0.0, 12.0], "b": [0.0, 10.0], "d": [0.0, 100.0]})
+    problem = Problem(curves, 9, costs=[6, 5, 4])
+    relaxed = MultipleChoiceForm(problem).relax()
+    assert relaxed.ranks.tolist() == [0, 0, 1]
+    assert relaxed.feasible.tolist() == [0, 1, 1]
+
+
 def test_costs_beyond_the_cheapest_are_reduced():
     # Ranks 1 and 3 of cost 6 each: what can be added costs 12 and 8.
     problem = Problem([[3.0, 2.0, 1.0], [2.0, 1.0]], 40, costs=[6, 8], allowed_ranks={"0": [1, 3]})
