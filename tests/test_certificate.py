@@ -117,6 +117,51 @@ def test_a_bound_passes_only_if_it_holds(instance: Instance, factor, shift, data
             claim.verify(problem, ranks)
 
 
+@given(
+    instances(concave=True, layers=3, ranks=4),
+    st.floats(0.0, 2.0),
+    st.floats(-2.0, 2.0),
+    st.sampled_from([1.0, 2.0**-12, 2.0**12]),
+    st.data(),
+)
+@settings(max_examples=examples(2))
+def test_no_two_prices_prove_a_bound_that_does_not_hold(instance, factor, rank_factor, scale, data):
+    original = instance.problem()
+    assert original.gains is not None
+    rows = [original.gains.row(i) * scale for i in range(len(original.names))]
+    if any(np.any((0 < row) & (row < 2.0**-900)) or np.any(row > 2.0**900) for row in rows):
+        return
+    keywords = {**instance.keywords, "objective": "frobenius", "weights": None}
+    problem = Problem(GainCurves.from_increments(rows), instance.budget, **by_order(keywords))
+    optimum = brute_force(problem)[0]
+    price = solve(problem).certificate.price or 1.0 * scale
+    gain = max((float(np.max(row)) for row in rows), default=1.0)
+    feasible = list(all_feasible(problem))
+    ranks = feasible[data.draw(st.integers(0, len(feasible) - 1))]
+    value = problem.value_of(ranks)
+    if value == optimum:
+        return
+    # A bound that is too low, were it by the least amount.
+    bound = max(round_up(value), math.nextafter(round_down(optimum), -math.inf))
+    if Fraction(bound) >= optimum:
+        return
+    gap = round_up(Fraction(bound) - value)
+    cut = (price * factor, gain * rank_factor)
+    claim = Certificate("gap_certified", round_down(value), bound, gap, price, "claim", cut)
+    with pytest.raises(CertificateError, match="above the claimed bound"):
+        claim.verify(problem, ranks)
+
+
+def by_order(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords whose layers are named "0", "1", ... instead of "layer0", "layer1", ..."""
+    return {
+        key: {name.removeprefix("layer"): v for name, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for key, value in keywords.items()
+    }
+
+
 @given(instances(objective="operator", layers=3, ranks=4))
 @settings(max_examples=examples(0.5))
 def test_only_the_best_bottleneck_passes(instance: Instance):
@@ -279,6 +324,16 @@ class TestProof:
             else:
                 with pytest.raises(CertificateError, match="more than rounding"):
                     claim.verify(problem, ranks)
+
+    def test_an_optimum_is_exact_and_not_only_to_the_last_bit(self):
+        # Both values are 1 in doubles, rounded down, and both have the bound 1 + 2^-52.
+        curves = GainCurves.from_increments({"a": [1.0, 2.0**-60, 2.0**-60]})
+        problem = Problem(curves, 3)
+        worse, best = optimal_claim(problem, np.array([2]), 0.0), np.array([3])
+        assert worse == optimal_claim(problem, best, 0.0)
+        assert worse.verify(problem, best).proof == "price"
+        with pytest.raises(CertificateError, match="above the claimed bound"):
+            worse.verify(problem, np.array([2]))
 
     def test_a_price_of_0_where_the_budget_does_not_bind(self):
         allocation = allocate({"a": [2.0, 1.0]}, 2)
