@@ -107,6 +107,12 @@ def test_relaxation_of_costs_whose_sum_leaves_64_bits(seed, share):
     values = -np.sort(-rng.random((40, 40)), axis=1)
     costs = (2**53 - rng.integers(0, 1000, 40)).tolist()
     check_relaxed(ConcaveForm(Problem(values, int(share * 2**62), costs=costs)))
+    # A budget that the densest increments fill to the last unit.
+    densities = (values**2 / np.array(costs)[:, None]).ravel()
+    chosen = np.argsort(-densities)[: int(share * 500)]
+    budget = sum(costs[i // 40] for i in chosen.tolist())
+    problem = Problem(values, budget, costs=costs)
+    assert problem.cost_of(ConcaveForm(problem).relax().ranks) == budget
 
 
 def test_a_relaxation_is_filled_up():

@@ -1,6 +1,7 @@
 """The exact solver: what it finds, what it proves, and what it says when it stops."""
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,3 +167,27 @@ def test_a_penalty_far_above_the_price_is_rounded_down():
     allocation = solve(Problem(GainCurves.from_increments(increments), 1032, costs=costs))
     assert allocation.certificate.status == "optimal_exact"
     assert allocation.certificate.verify(allocation.problem, allocation.ranks).complete
+
+
+def test_a_generous_time_limit_changes_nothing():
+    problem = HARD_FAMILIES["strongly_correlated_concave"](20, 12).problem()
+    assert solve_exact(problem, time_limit=0.0).certificate.status == "gap_certified"
+    patient = solve_exact(problem, time_limit=1e6)
+    assert patient.certificate.status == "optimal_exact"
+    assert patient.certificate == solve_exact(problem).certificate
+
+
+def test_what_no_fixed_point_holds_is_settled_in_integers():
+    n = 2**53
+    curves = GainCurves.from_increments(
+        {
+            "a": [9007199.25474099] * 4,
+            "b": [9007199.254740994] * 3 + [9007199.254740993],
+            "c": [1e-9, 2e-9, 1e-9, 2e-9],
+            "d": [0.0, 1e-9],
+        }
+    )
+    keywords: dict[str, Any] = {"costs": [n - 1, n, 2, 1], "fixed_costs": [n - 1, 0, 0, 0]}
+    allocation = allocate(curves, 72057594037927942, **keywords)
+    check_optimum(allocation, brute_force(allocation.problem)[0])
+    assert allocation.certificate.status == "optimal_exact"
