@@ -121,7 +121,10 @@ def _real(data: Any, where: str, expected: str) -> npt.NDArray[Any]:
     """As an array of float64 or float32, or a ValueError that names the place."""
     device = getattr(data, "__dlpack_device__", None)
     if device is not None and type(data) is not np.ndarray:
-        kind = int(device()[0])
+        try:
+            kind = int(device()[0])
+        except Exception as error:  # a device that DLPack does not know, such as torch's "meta"
+            raise ValueError(f"{where}: expected {expected} in host memory: {error}") from error
         if kind not in _HOST_DEVICES:
             raise ValueError(
                 f"{where}: expected {expected} in host memory, got one on a device (DLPack device "

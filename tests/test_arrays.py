@@ -239,3 +239,12 @@ def test_an_ascent_from_one_layer_to_the_next_is_no_fault(length):
     if length > 1:
         high[1] = 3.0
         assert first_ascent(flatten([low, high], "", "")) == length + 1
+
+
+def test_a_device_that_dlpack_does_not_know_is_refused_by_name():
+    class Meta:
+        def __dlpack_device__(self):
+            raise ValueError("Unknown device type meta for Dlpack")
+
+    with pytest.raises(ValueError, match="layer 'q': expected a 1-D spectrum in host memory: Unk"):
+        Spectra({"q": Meta()})
