@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorambo_alloc import GainCurves, Problem
-from lorambo_alloc.solvers.concave import ConcaveForm
+from lorambo_alloc.solvers.concave import ConcaveForm, _sums_up_to
 from lorambo_alloc.solvers.core import Price
 from lorambo_alloc.testing import Instance, brute_force, power_law
 from tests.strategies import examples, instances, seeds
@@ -305,3 +305,12 @@ def test_many_layers_of_one_cost_form_one_class():
     for group in core.classes:
         moves = np.abs(group.moves)
         assert np.all(moves % moves.min() == 0)
+
+
+def test_running_sums_stop_before_they_leave_64_bits():
+    penalties = np.full(40, 1 << 58, dtype=np.int64)
+    limit = 1 << 60
+    assert _sums_up_to(penalties, limit).tolist() == [k << 58 for k in range(1, 5)]
+    assert _sums_up_to(penalties[:0], limit).tolist() == []
+    assert _sums_up_to(np.array([0, 0, 3, 5]), 8).tolist() == [0, 0, 3, 8]
+    assert _sums_up_to(np.array([0, 0, 3, 5]), 7).tolist() == [0, 0, 3]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorambo_alloc.solvers import core_program
 from lorambo_alloc.solvers.core_program import Class, promising_first, solve_core
 from tests.strategies import core_classes, examples
 
@@ -167,3 +168,32 @@ class TestOrder:
         classes = [Class(np.array([-m]), np.array([0])) for m in (1, 2, 3)]
         assert sorted(promising_first(classes)) == [0, 1, 2]
         assert promising_first([]) == []
+
+
+@given(core_classes(), st.integers(-15, 25), st.integers(1, 5), st.integers(1, 3))
+@settings(max_examples=examples(2))
+def test_small_blocks_and_early_pruning_change_nothing(drawn, residual, price, block):
+    classes = classes_of(drawn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core_program, "_BLOCK", block)
+        outcome = solve_core(classes, residual, price, 100, 10**6)
+    best = least_loss(classes, residual, price)
+    assert outcome.loss == outcome.bound == min(100, 100 if best is None else best)
+    if outcome.choices is not None:
+        assert loss_of(classes, outcome.choices, residual, price) == outcome.loss
+
+
+@given(core_classes(), st.integers(-15, 25), st.integers(1, 5), st.integers(0, 8))
+@settings(max_examples=examples(3))
+def test_what_a_deadline_skips_is_part_of_the_bound(drawn, residual, price, looks):
+    """The clock is looked at in the middle of a class too."""
+    classes = classes_of(drawn)
+    left = iter([False] * looks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core_program, "_BLOCK", 1)
+        patch.setattr(core_program, "_late", lambda deadline: next(left, True))
+        outcome = solve_core(classes, residual, price, 100, 10**6, deadline=1.0)
+    best = least_loss(classes, residual, price)
+    assert outcome.bound <= min(100, 100 if best is None else best) <= outcome.loss
+    if outcome.choices is not None:
+        assert loss_of(classes, outcome.choices, residual, price) == outcome.loss

@@ -1,14 +1,18 @@
 """The search: an incumbent and a proved gap, narrowed run by run."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorambo_alloc import GainCurves, Problem, solve
+from lorambo_alloc.solvers import search
 from lorambo_alloc.solvers.concave import ConcaveForm
 from lorambo_alloc.solvers.exact import form_of
 from lorambo_alloc.solvers.multiple_choice import MultipleChoiceForm
 from lorambo_alloc.solvers.search import Search
-from lorambo_alloc.testing import HARD_FAMILIES, dynamic_program
+from lorambo_alloc.testing import HARD_FAMILIES, brute_force, dynamic_program
 from tests.checks import check_optimum
+from tests.strategies import examples, instances
 
 
 def test_forms():
@@ -69,3 +73,31 @@ def test_a_deviation_outside_the_nearest_ones_is_no_proof():
         while not search.finished and search.advance():
             check_optimum(search.allocation("so far"), optimum)
         check_optimum(search.allocation("in the end"), optimum)
+
+
+@given(instances())
+@settings(max_examples=examples(1))
+def test_the_gap_of_a_price_holds_without_a_core(instance):
+    problem = instance.problem()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "fit", lambda *_: None)
+        stopped = Search(form_of(problem))
+        assert not stopped.advance() or stopped.ranks is not None
+        best = brute_force(problem)[0]
+        value = problem.value_of(stopped.ranks)
+        assert value <= best <= value + stopped.gap
+
+
+@given(instances(concave=True, layers=5), st.integers(1, 3))
+@settings(max_examples=examples(1))
+def test_a_price_on_ranks_never_understates_the_gap(instance, states):
+    """Few states, so that exchanges and the price on ranks have something to do."""
+    problem = instance.problem()
+    stage = search._Stage(states, exchanges=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_STAGES", (stage, stage))
+        running = Search(form_of(problem))
+        best = brute_force(problem)[0]
+        while not running.finished and running.advance():
+            value = problem.value_of(running.ranks)
+            assert value <= best <= value + running.gap

@@ -54,3 +54,31 @@ def test_the_price_is_held_with_its_own_best_responses(seed, top, width):
     if top == 100:
         assert price == pytest.approx(relaxed.price, rel=1e-9)
         assert setting.whole
+
+
+@pytest.mark.parametrize("beyond", [math.inf, 2.0**90, 2.0**-30])
+def test_losses_beyond_the_cap_are_not_ruled_out(beyond):
+    """What the fixed point cannot hold counts as a deviation outside the core."""
+    form = ConcaveForm(Problem({"a": [2.0, 1.0], "b": [1.5]}, 2))
+    relaxed = form.relax()
+    items = form.within(relaxed.price, relaxed.ranks, 1.0)
+    # Among the nearest deviations (`beyond` is finite) the window does not make the unit coarser.
+    window = 2.0**20 if beyond == math.inf else 2.0**80
+    setting = fit(
+        form, relaxed.price, relaxed.ranks, lambda price, ranks: Choice(items, window, beyond)
+    )
+    assert setting is not None
+    if beyond == math.inf:
+        assert setting.whole
+        assert CAP * setting.unit >= 2**20
+    else:
+        assert setting.beyond == min(Fraction(beyond), CAP * setting.unit)
+        assert setting.step == 1
+
+
+def test_an_endless_reach_is_refused(monkeypatch):
+    form = ConcaveForm(Problem({"a": [2.0, 1.0], "b": [1.5]}, 2))
+    relaxed = form.relax()
+    monkeypatch.setattr(form, "reach", lambda *_: math.inf)
+    items = form.within(relaxed.price, relaxed.ranks, 1.0)
+    assert fit(form, relaxed.price, relaxed.ranks, lambda p, r: Choice(items, 1.0)) is None
