@@ -60,6 +60,7 @@ def whole_number(value: object, where: str, least: int) -> int:
     number: int | None = None
     if not isinstance(value, (bool, np.bool_)):
         try:
+            # `value` may be anything; what has no index raises the TypeError below.
             number = operator.index(value)  # pyright: ignore[reportArgumentType]
         except TypeError:
             if real_number(value).is_integer():

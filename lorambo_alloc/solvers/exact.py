@@ -27,8 +27,8 @@ def solve_exact(problem: Problem, time_limit: float | None = None) -> Allocation
     Args:
         problem: any problem with gains.
         time_limit: seconds after which the search stops and certifies the gap that is left;
-            None: it stops when it is done, or when the last stage has dropped states (that may
-            take a minute or two on problems made to be hard).
+            None: it stops when it is done, or when the last stage has dropped states, which may
+            take minutes on problems made to be hard.
     """
     deadline = None if time_limit is None else time.monotonic() + time_limit
     form = form_of(problem)
