@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lorambo_alloc.allocation import Allocation
+from lorambo_alloc.caps import Caps, Constraints
 from lorambo_alloc.costs import PerLayer, UniformRank
 from lorambo_alloc.limits import AllowedRanks, Limit
 from lorambo_alloc.objectives import Objective
@@ -26,8 +27,10 @@ def allocate(
     multiple_of: int = 1,
     allowed_ranks: AllowedRanks = None,
     tied: Iterable[Sequence[str]] = (),
+    caps: Caps | None = None,
     method: str = "auto",
     time_limit: float | None = None,
+    constraints: Constraints | None = None,
 ) -> Allocation:
     """The best rank of every layer within a budget, and the proof of it.
 
@@ -51,8 +54,12 @@ def allocate(
         multiple_of: ranks are multiples of this.
         allowed_ranks: the ranks to choose from, for all layers or by name.
         tied: groups of layer names that share one rank.
-        method: "auto", "exact", "water_filling", "bottleneck" or "milp"; `solve` has the table.
+        caps: name to `Cap`, or to (layer names, budget): side budgets on groups of layers.
+        method: "auto", "exact", "water_filling", "side_budgets", "relaxation", "greedy",
+            "bottleneck" or "milp"; `solve` has the table.
         time_limit: seconds after which to stop with a certified gap; None: no limit.
+        constraints: for the relaxation (extra `convex`): from a mapping of layer name to the
+            cvxpy expression of its rank, to a list of convex cvxpy constraints.
 
     Returns:
         An `Allocation`: a mapping of layer name to rank.
@@ -60,7 +67,7 @@ def allocate(
     Raises:
         ValueError: an argument is not of this form; the message names the layer, what was
             expected and what came.
-        InfeasibleError: the minimum ranks cost more than the budget.
+        InfeasibleError: the minimum ranks cost more than the budget or a cap.
 
     Example:
         >>> spectra = {"q": [3.0, 2.0, 1.0], "v": [2.5, 0.5]}
@@ -82,5 +89,6 @@ def allocate(
         multiple_of=multiple_of,
         allowed_ranks=allowed_ranks,
         tied=tied,
+        caps=caps,
     )
-    return solve(problem, method, time_limit)
+    return solve(problem, method, time_limit, constraints)

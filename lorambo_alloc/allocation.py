@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from lorambo_alloc import storage
+from lorambo_alloc.caps import Cap
 from lorambo_alloc.certificate import Certificate
 from lorambo_alloc.curves import GainCurves, Spectra
 from lorambo_alloc.objectives import IntArray, Objective
@@ -17,6 +18,7 @@ from lorambo_alloc.options import attainable_gain
 from lorambo_alloc.problem import Problem
 
 _ROWS = 48  # layers that a table shows whole; longer ones show both ends
+_CAPS = 8  # caps that it shows, the fullest first
 
 
 class Allocation(Mapping[str, int]):
@@ -58,6 +60,18 @@ class Allocation(Mapping[str, int]):
         return self.problem.budget
 
     @property
+    def cap_prices(self) -> dict[str, float]:
+        """By cap, about what one more unit of it is worth; 0 where it does not bind."""
+        caps = self.problem.caps
+        prices = self.certificate.cap_prices or (0.0,) * len(caps)
+        return {row.name: price for row, price in zip(caps, prices, strict=True)}
+
+    @property
+    def cap_costs(self) -> dict[str, int]:
+        """By cap, what the ranks cost in its units."""
+        return {row.name: row.cost_of(self.ranks) for row in self.problem.caps}
+
+    @property
     def value(self) -> float:
         """The certificate's value: the sum of the gains, rounded down."""
         return self.certificate.value
@@ -97,6 +111,7 @@ class Allocation(Mapping[str, int]):
             "multiple_of": problem.limits.multiple_of,
             "tied": problem.tied,
             "allowed_ranks": allowed,
+            "caps": [[row.name, row.budget] for row in problem.caps],
             "certificate": vars(self.certificate),
         }
         if isinstance(curves, Spectra):
@@ -110,6 +125,8 @@ class Allocation(Mapping[str, int]):
             "lower": problem.lower,
             "upper": problem.upper,
             "ranks": self.ranks,
+            "cap_costs": np.array([row.costs for row in problem.caps], dtype=np.int64),
+            "cap_fixed_costs": np.array([row.fixed_costs for row in problem.caps], dtype=np.int64),
         }
         if problem.weights is not None:
             arrays["weights"] = problem.weights
@@ -156,17 +173,35 @@ class Allocation(Mapping[str, int]):
                 multiple_of=header["multiple_of"],
                 allowed_ranks=header["allowed_ranks"] or None,
                 tied=header["tied"],
+                caps=_caps(names, header["caps"], arrays),
             )
             ranks = arrays["ranks"]
             problem.check(ranks)
-            certificate = dict(header["certificate"])
-            certificate["cut"] = certificate["cut"] and tuple(certificate["cut"])
+            certificate = {key: _tupled(value) for key, value in header["certificate"].items()}
             return cls(problem, ranks, Certificate(**certificate))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)}: the file is damaged: {error}") from error
 
     def __repr__(self) -> str:
         return _table(self)
+
+
+def _caps(
+    names: list[str], header: list[tuple[str, int]], arrays: dict[str, npt.NDArray[Any]]
+) -> dict[str, Cap]:
+    """The caps of a file."""
+    caps: dict[str, Cap] = {}
+    rows = zip(header, arrays["cap_costs"], arrays["cap_fixed_costs"], strict=True)
+    for (name, budget), costs, fixed in rows:
+        members = np.flatnonzero(costs)
+        layers = [names[i] for i in members.tolist()]
+        caps[name] = Cap(layers, budget, costs[members].tolist(), fixed[members].tolist())
+    return caps
+
+
+def _tupled(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    return tuple(map(_tupled, cast(list[Any], value))) if isinstance(value, list) else value
 
 
 def _table(allocation: Allocation) -> str:
@@ -199,6 +234,8 @@ def _table(allocation: Allocation) -> str:
     lines.append(lines[1])
     share = f"{100 * allocation.cost / problem.budget:.2f}%" if problem.budget else "all"
     proof = certificate.status.replace("_", " ")
+    if certificate.status == "ratio_certified":
+        proof += f", at least {certificate.ratio:.4g} of the optimum ({certificate.theorem})"
     if certificate.gap:
         proof += f", relative gap at most {certificate.relative_gap:.1e}"
     captured = f"{100 * allocation.captured:.2f}% of the attainable gain"
@@ -206,11 +243,28 @@ def _table(allocation: Allocation) -> str:
         f"layers    {len(allocation)}, ranks {_range(allocation.ranks)}",
         f"objective {problem.objective}, value {certificate.value:.6g}",
         f"cost      {allocation.cost:,} of {problem.budget:,} ({share})",
+        *_cap_lines(allocation),
         f"captured  {captured}",
         f"price     {certificate.price:.4g} gain per unit of cost",
         f"status    {proof} ({certificate.method})",
     ]
     return "\n".join(lines)
+
+
+def _cap_lines(allocation: Allocation) -> list[str]:
+    """The fullest caps, for the table."""
+    problem, costs = allocation.problem, allocation.cap_costs
+    if not costs:
+        return []
+    use = sorted(
+        ((costs[r.name] / r.budget if r.budget else 1.0, r) for r in problem.caps),
+        key=lambda pair: -pair[0],
+    )
+    lines = [
+        f"cap       {row.name}: {costs[row.name]:,} of {row.budget:,} ({100 * share:.2f}%)"
+        for share, row in use[:_CAPS]
+    ]
+    return lines + [f"          ... {len(use) - _CAPS} more"] * (len(use) > _CAPS)
 
 
 def _share(problem: Problem, i: int, rank: int) -> str:

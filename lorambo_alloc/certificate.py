@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, TypeAlias, cast, get_args
@@ -10,24 +11,31 @@ from typing import Literal, TypeAlias, cast, get_args
 import numpy as np
 
 from lorambo_alloc.arithmetic import round_down, round_up
+from lorambo_alloc.laminar import exchange_optimal
 from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.problem import Problem
 from lorambo_alloc.verification import (
     SCALE,
     CertificateError,
+    Charges,
+    Response,
     better_exists,
     integer,
+    lefts_and_prices,
     responses,
     two_price_bound,
     value_step,
 )
 
-Status: TypeAlias = Literal["optimal_exact", "optimal_within_rounding", "gap_certified"]
+Status: TypeAlias = Literal[
+    "optimal_exact", "optimal_within_rounding", "gap_certified", "ratio_certified"
+]
 
 MEANING: dict[Status, str] = {
     "optimal_exact": "optimal: no other rank vector within the budget has a greater value",
     "optimal_within_rounding": "optimal to within the rounding of the sums, stated as the gap",
     "gap_certified": "stopped early: the gap is proved, optimality is not; more time may close it",
+    "ratio_certified": "within the stated ratio of the optimum by a theorem; the gap is proved too",
 }
 
 
@@ -42,15 +50,16 @@ class Verification:
     Attributes:
         value: the exact value of the ranks.
         price_bound: the exact Lagrangian bound at the certificate's price.
-        proof: `price` (the price alone proves the claimed bound), `two prices` (with one on the
-            number of ranks), `search` (a search repeated in integers proves it), or `unfinished`
-            (the arithmetic is right and the price bound holds, but repeating the search would
-            take more than the effort allowed).
+        proof: `price` (the prices alone prove the claimed bound), `two prices` (with one on the
+            number of ranks), `exchange` (no single exchange improves, which suffices in a
+            matroid), `search` (a search repeated in integers proves it), or `unfinished` (the
+            arithmetic is right and the price bound holds, but repeating the search would take
+            more than the effort allowed).
     """
 
     value: Fraction
     price_bound: Fraction
-    proof: Literal["price", "two prices", "search", "unfinished"]
+    proof: Literal["price", "two prices", "exchange", "search", "unfinished"]
 
     @property
     def complete(self) -> bool:
@@ -67,10 +76,12 @@ class Certificate:
 
         sum_i F_i(r_i) <= sum_i max_s (F_i(s) - p cost_i(s)) + p budget
 
-    and a search that closed lowers it to the optimum itself.
+    with a price and a term of its own for every cap, and a search that closed lowers it to the
+    optimum itself.
 
     Attributes:
-        status: `optimal_exact`, `optimal_within_rounding` or `gap_certified`; see `MEANING`.
+        status: `optimal_exact`, `optimal_within_rounding`, `gap_certified` or `ratio_certified`;
+            see `MEANING`.
         value: the value of the ranks in units of gain, rounded down. For the objective
             `operator`, minus the largest discarded singular value.
         upper_bound: rounded up.
@@ -80,6 +91,13 @@ class Certificate:
         method: the solver that made it.
         cut: where the number of ranks is priced too (see `solvers.cardinality`): the price per
             unit of cost and the price per rank of that bound.
+        cap_prices: gain per unit of each cap, in the order of the problem's caps; empty without.
+        within: names of caps within which a search stood in for the cap's price, and how much
+            another choice within it could gain at the prices of all other budgets.
+        side: from constraints of the caller's own: the charge per rank of each layer, and what
+            those of any ranks that satisfy the constraints sum up to at most.
+        ratio: with `ratio_certified`, the share of the optimum that the theorem promises; else 0.
+        theorem: where that promise comes from.
     """
 
     status: Status
@@ -89,6 +107,11 @@ class Certificate:
     price: float
     method: str
     cut: tuple[float, float] | None = None
+    cap_prices: tuple[float, ...] = ()
+    within: tuple[tuple[str, float], ...] = ()
+    side: tuple[tuple[float, ...], float] | None = None
+    ratio: float = 0.0
+    theorem: str = ""
 
     @classmethod
     def of(
@@ -100,6 +123,9 @@ class Certificate:
         *,
         closed: bool,
         cut: tuple[float, float] | None = None,
+        cap_prices: Sequence[float] = (),
+        within: Sequence[tuple[str, float]] = (),
+        side: tuple[tuple[float, ...], float] | None = None,
     ) -> Certificate:
         """Round a proved statement outwards.
 
@@ -110,15 +136,29 @@ class Certificate:
             method: the solver's name.
             closed: whether the search closed, so that the gap is rounding alone.
             cut: the prices of a bound with a price per rank, where one was used.
+            cap_prices: the prices of the caps.
+            within: the caps that were searched, and what that leaves open.
+            side: a linear consequence of the caller's own constraints.
         """
-        if gap == 0:
-            bounds = round_down(value), round_up(value), 0.0
-            return cls("optimal_exact", *bounds, float(price), method, cut)
         upper = round_up(value + gap)
-        rounding = closed and gap <= _ROUNDING * abs(value)
-        status: Status = "optimal_within_rounding" if rounding else "gap_certified"
-        stated = round_up(Fraction(upper) - value)
-        return cls(status, round_down(value), upper, stated, float(price), method, cut)
+        status: Status = "optimal_exact"
+        stated = 0.0
+        if gap:
+            rounding = closed and gap <= _ROUNDING * abs(value)
+            status = "optimal_within_rounding" if rounding else "gap_certified"
+            stated = round_up(Fraction(upper) - value)
+        return cls(
+            status,
+            round_down(value),
+            upper,
+            stated,
+            float(price),
+            method,
+            cut,
+            tuple(map(float, cap_prices)),
+            tuple(within),
+            side,
+        )
 
     @property
     def relative_gap(self) -> float:
@@ -149,36 +189,120 @@ class Certificate:
             problem.check(ranks)
         except ValueError as error:
             raise CertificateError(str(error)) from error
-        if not _is_price(self.price) or not self._cut_is_well_formed():
-            raise CertificateError(
-                f"expected finite prices >= 0 per unit of cost, got {self.price!r}, {self.cut!r}"
-            )
+        prices = self._prices(problem)
         if problem.objective.kind == "operator":
             return self._verify_bottleneck(problem, ranks)
-        answers = list(responses(problem, ranks, self.price))
+        weights, limit = self._side(problem)
+        charges = Charges.of(problem, prices, weights=weights)
+        answers = list(responses(problem, ranks, charges))
         value = Fraction(sum(r.value for r in answers), SCALE)
         self._check_claims(value)
-        price = integer(self.price)
-        bound = Fraction(sum(r.best for r in answers) + price * problem.budget, SCALE)
+        terms = zip(map(integer, prices), problem.rows, strict=True)
+        units = sum(r.best for r in answers) + sum(price * row.budget for price, row in terms)
+        bound = Fraction(units + integer(limit), SCALE)
+        if self.status == "ratio_certified" and value < Fraction(self.ratio) * bound:
+            raise CertificateError(
+                f"the value {self.value!r} is not proved to be {self.ratio!r} of the optimum"
+            )
         claimed = value if self.status == "optimal_exact" else Fraction(self.upper_bound)
         if claimed >= bound:
             return Verification(value, bound, "price")
         if self._cut_proves(problem, ranks, claimed, bound):
             return Verification(value, bound, "two prices")
-        window = bound - claimed
-        classes = [
-            alternatives
-            for response in answers
-            if (alternatives := response.alternatives(price, window))
-        ]
-        left = problem.budget - sum(r.best_cost for r in answers)
-        found = better_exists(classes, left, price, int(window * SCALE), effort)
+        if exchange_optimal(problem, ranks):
+            return Verification(value, bound, "exchange")
+        if self.within:
+            found = self._better_within(problem, ranks, prices, answers, claimed - value, effort)
+        else:
+            window = bound - claimed
+            found = better_exists(
+                [moves for response in answers if (moves := response.moves(problem.rows, window))],
+                *lefts_and_prices(problem.rows, prices, answers),
+                int(window * SCALE),
+                effort,
+            )
         if found:
             raise CertificateError(
                 f"a rank vector within the budget has a value above the claimed bound "
                 f"{self.upper_bound!r}"
             )
         return Verification(value, bound, "unfinished" if found is None else "search")
+
+    def _prices(self, problem: Problem) -> tuple[float, ...]:
+        """The price of each of the problem's rows; CertificateError if they are no prices."""
+        caps = self.cap_prices or (0.0,) * len(problem.caps)
+        if not (
+            all(map(_is_price, (self.price, *caps)))
+            and len(caps) == len(problem.caps)
+            and self._cut_is_well_formed()
+        ):
+            raise CertificateError(
+                f"expected finite prices >= 0 per unit of cost, one a budget, got {self.price!r}, "
+                f"{self.cap_prices!r}, {self.cut!r}"
+            )
+        return (self.price, *caps)
+
+    def _side(self, problem: Problem) -> tuple[tuple[float, ...], float]:
+        """The charges that come from the caller's constraints, and their limit."""
+        if self.side is None:
+            return (), 0.0
+        weights, limit = self.side
+        if self.within:
+            raise CertificateError("charges from constraints and searched caps do not go together")
+        if len(weights) != len(problem.names) or not all(map(math.isfinite, (*weights, limit))):
+            raise CertificateError("expected finite charges from constraints, one a layer")
+        return weights, limit
+
+    def _better_within(
+        self,
+        problem: Problem,
+        ranks: IntArray,
+        prices: tuple[float, ...],
+        answers: list[Response],
+        gap: Fraction,
+        effort: int,
+    ) -> bool | None:
+        """Whether a search within caps refutes that nothing gains more than the gap.
+
+        By complementary slackness the gap is at most the sum of what is lost outside the searched
+        caps, of the priced budgets that are left over, and of what each search leaves open.
+        """
+        rows = {row.name: k for k, row in enumerate(problem.rows)}
+        units = list(map(integer, prices))
+        searched: set[int] = set()
+        inside: set[tuple[int, ...]] = set()
+        open_gap = Fraction(0)
+        finished = True
+        for name, slack in self.within:
+            k = rows.get(name, 0)
+            if k in searched or not name or not _is_price(slack):
+                raise CertificateError(f"expected a search within different caps, got {name!r}")
+            row = problem.rows[k]
+            own = [r for r in answers if row.cost_at(r.group, 1)]
+            if inside & {r.group for r in own}:
+                raise CertificateError(f"cap {name!r}: searched caps share layers")
+            searched.add(k)
+            inside |= {r.group for r in own}
+            open_gap += Fraction(slack)
+            loss = sum(r.best - r.score for r in own)
+            loss += units[k] * (row.budget - row.cost_of(ranks))
+            window = Fraction(loss, SCALE) - Fraction(slack)
+            found = better_exists(
+                [moves for r in own if (moves := r.moves([row], window))],
+                *lefts_and_prices([row], prices[k : k + 1], own),
+                int(window * SCALE),
+                effort,
+            )
+            if found:
+                return True
+            finished = finished and found is False
+        rest = sum(r.best - r.score for r in answers if r.group not in inside)
+        for k, row in enumerate(problem.rows):
+            if k not in searched:
+                rest += units[k] * (row.budget - row.cost_of(ranks))
+        if open_gap + Fraction(rest, SCALE) > gap:
+            return True
+        return False if finished else None
 
     def _cut_is_well_formed(self) -> bool:
         match cast(object, self.cut):  # it may come from a file
@@ -194,6 +318,8 @@ class Certificate:
     ) -> bool:
         """Whether the two prices show that no value above the claimed one is possible."""
         if self.cut is None or not problem.concave_unit_steps or self.price <= 0:
+            return False
+        if problem.caps or self.side is not None:
             return False
         # A value above `claimed` leaves so little of the price's bound for unspent budget.
         waste = math.floor((bound - claimed) / Fraction(self.price))
@@ -229,7 +355,8 @@ class Certificate:
     def _verify_bottleneck(self, problem: Problem, ranks: IntArray) -> Verification:
         value = problem.value_of(ranks)
         self._check_claims(value)
-        worst = float(-value)
+        # What a better answer than the claimed bound would have to stay below.
+        worst = float(-value) if self.status == "optimal_exact" else -self.upper_bound
         least_cost = 0
         for group in problem.variables:
             allowed = problem.allowed_ranks(group[0])

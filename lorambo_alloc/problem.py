@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -10,10 +11,10 @@ import numpy as np
 
 from lorambo_alloc.arithmetic import exact_sum
 from lorambo_alloc.arrays import FlatLayers, first_ascent
+from lorambo_alloc.caps import Caps, Row, parse_caps
 from lorambo_alloc.costs import (
     PerLayer,
     UniformRank,
-    exact_dot,
     per_layer,
     whole_number,
     whole_numbers,
@@ -32,15 +33,15 @@ from lorambo_alloc.objectives import (
 
 
 class InfeasibleError(ValueError):
-    """The minimum ranks cost more than the budget.
+    """The minimum ranks cost more than the budget, or more than a cap.
 
     Attributes:
         minimum_budget: the smallest feasible budget, in the units of the costs.
     """
 
-    def __init__(self, budget: int, minimum_budget: int) -> None:
+    def __init__(self, budget: int, minimum_budget: int, where: str = "budget") -> None:
         super().__init__(
-            f"budget: the minimum ranks cost {minimum_budget}, more than the budget {budget}; "
+            f"{where}: the minimum ranks cost {minimum_budget}, more than the budget {budget}; "
             f"the smallest feasible budget is {minimum_budget}"
         )
         self.minimum_budget = minimum_budget
@@ -70,6 +71,7 @@ class Problem:
             no limit). 0 is allowed only where it is listed; ranks beyond the layer's curve or
             the other limits are left out.
         tied: groups of layer names that share one rank.
+        caps: name to `Cap`, or to (layer names, budget): side budgets on groups of layers.
 
     `costs`, `fixed_costs` and `weights` are mappings with every layer's name, or sequences in
     layer order.
@@ -77,7 +79,7 @@ class Problem:
     Raises:
         ValueError: an argument is not of this form; the message names the layer, what was
             expected and what came.
-        InfeasibleError: the minimum ranks cost more than the budget.
+        InfeasibleError: the minimum ranks cost more than the budget or a cap.
 
     Attributes:
         names: the layers' names, in order.
@@ -90,6 +92,8 @@ class Problem:
         upper: the greatest allowed rank, int64 by layer.
         groups: the tied groups, as tuples of layer indices.
         limits: the allowed ranks of every layer.
+        caps: the side budgets, as `Row`s.
+        rows: all budgets: the problem's own, then the caps.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class Problem:
         multiple_of: int = 1,
         allowed_ranks: AllowedRanks = None,
         tied: Iterable[Sequence[str]] = (),
+        caps: Caps | None = None,
     ) -> None:
         self.objective = parse_objective(objective)
         self.curves = spectra if isinstance(spectra, (Spectra, GainCurves)) else Spectra(spectra)
@@ -119,7 +124,6 @@ class Problem:
             if fixed_costs is None
             else whole_numbers(fixed_costs, self.names, "fixed_costs", 0)
         )
-        self._any_fixed = bool(self.fixed_costs.any())
         self.weights: FloatArray | None = (
             None
             if weights is None
@@ -138,19 +142,36 @@ class Problem:
         )
         self.lower, self.upper = self.limits.lower, self.limits.upper
         self.groups = self.limits.groups
+        self.caps = parse_caps(caps, self.names, Row("", self.costs, self.fixed_costs, 0))
+        self._set_budget(budget)
+
+    def with_budget(self, budget: int | UniformRank) -> Problem:
+        """The same problem at another budget; nothing is checked twice.
+
+        Raises:
+            ValueError: the budget is not of its form.
+            InfeasibleError: the minimum ranks cost more than the budget.
+        """
+        other = copy.copy(self)
+        other._set_budget(budget)
+        return other
+
+    def _set_budget(self, budget: int | UniformRank) -> None:
         if isinstance(budget, UniformRank):
             self.budget = budget.cost(self.costs, self.fixed_costs)
         else:
             self.budget = whole_number(budget, "budget", least=0)
+        self.rows = (Row("", self.costs, self.fixed_costs, self.budget), *self.caps)
         self.spendable = min(self.budget, self.cost_of(self.upper))
-        if self.spendable >= 1 << 62:
-            raise ValueError(
-                f"budget: expected a budget, or a cost of the greatest ranks, below 2^62, got "
-                f"{self.budget}; divide costs and budget by a common factor"
-            )
-        minimum = self.cost_of(self.lower)
-        if minimum > self.budget:
-            raise InfeasibleError(self.budget, minimum)
+        for row in self.rows:
+            if min(row.budget, row.cost_of(self.upper)) >= 1 << 62:
+                raise ValueError(
+                    f"{row.where}: expected a budget, or a cost of the greatest ranks, below 2^62, "
+                    f"got {row.budget}; divide costs and budget by a common factor"
+                )
+            minimum = row.cost_of(self.lower)
+            if minimum > row.budget:
+                raise InfeasibleError(row.budget, minimum, row.where)
 
     @property
     def tied(self) -> tuple[tuple[str, ...], ...]:
@@ -161,7 +182,8 @@ class Problem:
     def concave_unit_steps(self) -> bool:
         """Whether every layer's choices are single ranks of descending gain, free of each other.
 
-        Then taking the best increments never breaks the order within a layer.
+        Free but for the budget and the caps, that is. Then taking the best increments never
+        breaks the order within a layer.
         """
         return (
             self.gains is not None
@@ -169,7 +191,7 @@ class Problem:
             and self.limits.multiple_of == 1
             and not self.limits.lists
             and not self.groups
-            and not self._any_fixed
+            and not any(row.fixed_costs.any() for row in self.rows)
         )
 
     def allowed_ranks(self, i: int) -> IntArray:
@@ -190,16 +212,15 @@ class Problem:
 
     def cost_at(self, group: Iterable[int], rank: int) -> int:
         """What one rank costs in all layers of a group together."""
-        return sum(
-            int(self.costs[i]) * rank + (int(self.fixed_costs[i]) if rank else 0) for i in group
-        )
+        return self.rows[0].cost_at(group, rank)
 
     def cost_of(self, ranks: IntArray) -> int:
         """The cost of a rank vector, exactly."""
-        total = exact_dot(self.costs, ranks)
-        if self._any_fixed:
-            total += exact_dot(self.fixed_costs, (ranks > 0).astype(np.int64))
-        return total
+        return self.rows[0].cost_of(ranks)
+
+    def fits(self, ranks: IntArray) -> bool:
+        """Whether a rank vector is within the budget and every cap."""
+        return all(row.cost_of(ranks) <= row.budget for row in self.rows)
 
     def value_of(self, ranks: IntArray) -> Fraction:
         """sum_i F_i(r_i), exactly; for `operator`, minus the largest discarded value.
@@ -248,12 +269,14 @@ class Problem:
         return array.astype(np.int64)
 
     def check(self, ranks: IntArray) -> None:
-        """Raise ValueError unless the rank vector obeys every limit, tie and the budget."""
+        """Raise ValueError unless the rank vector obeys every limit, tie, the budget and caps."""
         ranks = self.parse_ranks(ranks)
         self.limits.check(ranks)
-        cost = self.cost_of(ranks)
-        if cost > self.budget:
-            raise ValueError(f"the ranks cost {cost}, more than the budget {self.budget}")
+        for row in self.rows:
+            cost = row.cost_of(ranks)
+            if cost > row.budget:
+                where = f"{row.where}: " if row.name else ""
+                raise ValueError(f"{where}the ranks cost {cost}, more than the budget {row.budget}")
 
     # -- parsing ---------------------------------------------------------------------------------
 

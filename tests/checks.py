@@ -35,13 +35,13 @@ def check_optimum(allocation: Allocation, optimum: Fraction) -> None:
 
 
 def all_feasible(problem: Problem) -> Iterator[IntArray]:
-    """Every rank vector that obeys the limits and the budget."""
+    """Every rank vector that obeys the limits, the budget and the caps."""
     groups = problem.variables
     for choice in product(*(problem.allowed_ranks(group[0]).tolist() for group in groups)):
         ranks = np.zeros(len(problem.names), dtype=np.int64)
         for group, rank in zip(groups, choice, strict=True):
             ranks[list(group)] = rank
-        if problem.cost_of(ranks) <= problem.budget:
+        if problem.fits(ranks):
             yield ranks
 
 
@@ -61,5 +61,5 @@ def neighbours(problem: Problem, ranks: IntArray) -> Iterator[IntArray]:
         other = ranks.copy()
         for group, rank in move:
             other[list(group)] = rank
-        if problem.cost_of(other) <= problem.budget:
+        if problem.fits(other):
             yield other

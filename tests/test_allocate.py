@@ -24,7 +24,7 @@ def test_allocate_and_problem_take_the_same_keywords():
     door = inspect.signature(allocate).parameters
     problem = inspect.signature(Problem).parameters
     assert list(door)[: len(problem)] == list(problem)
-    assert list(door)[len(problem) :] == ["method", "time_limit"]
+    assert list(door)[len(problem) :] == ["method", "time_limit", "constraints"]
     for name, parameter in problem.items():
         assert door[name].default == parameter.default
         assert door[name].kind == parameter.kind

@@ -13,7 +13,16 @@ from lorambo_alloc.testing import brute_force, strongly_correlated_linear
 from tests.checks import check_answer, check_optimum
 
 SPECTRA = {"q": [3.0, 2.0, 1.0], "v": [2.5, 0.5]}
-KNOWN = ["auto", "exact", "water_filling", "bottleneck", "milp"]
+KNOWN = [
+    "auto",
+    "exact",
+    "water_filling",
+    "bottleneck",
+    "side_budgets",
+    "relaxation",
+    "greedy",
+    "milp",
+]
 
 
 def test_auto_takes_the_exact_solver_or_the_bottleneck():
@@ -31,6 +40,10 @@ def test_auto_takes_the_exact_solver_or_the_bottleneck():
 @pytest.mark.parametrize("keywords", [{}, {"multiple_of": 2}, {"objective": "nuclear"}])
 def test_every_solver_by_name(solver, keywords):
     problem = Problem(SPECTRA, 3, costs=[2, 1], **keywords)
+    if solver == "greedy" and "multiple_of" in keywords:
+        with pytest.raises(ValueError, match="'greedy' needs single ranks of descending gain"):
+            solve(problem, solver)
+        return
     allocation = solve(problem, solver)
     assert isinstance(allocation, Allocation)
     assert allocation.problem is problem

@@ -12,6 +12,7 @@ from lorambo_alloc import GainCurves, Problem
 from lorambo_alloc.testing import Instance
 from lorambo_alloc.verification import (
     SCALE,
+    Charges,
     better_exists,
     exact_totals,
     integer,
@@ -52,7 +53,7 @@ prices = st.one_of(st.just(0.0), st.floats(1e-12, 1e3), st.floats(1e-300, 1e-200
 @settings(max_examples=examples(1))
 def test_responses_are_exactly_the_best(instance: Instance, price: float, rank_price: float):
     problem = instance.problem()
-    found = list(responses(problem, problem.lower, price, rank_price))
+    found = list(responses(problem, problem.lower, Charges.of(problem, [price], rank_price)))
     assert [response.group for response in found] == problem.variables
     for response in found:
         every = scores(problem, response.group, price, rank_price)
@@ -60,7 +61,7 @@ def test_responses_are_exactly_the_best(instance: Instance, price: float, rank_p
         assert Fraction(response.best, SCALE) == best
         # Of equal ones the cheapest.
         cheapest = min(rank for rank, score in every.items() if score == best)
-        assert response.best_cost == problem.cost_at(response.group, cheapest)
+        assert response.best_rank == cheapest
     total = sum(response.value for response in found)
     assert Fraction(total, SCALE) == problem.value_of(problem.lower)
 
@@ -69,20 +70,24 @@ def test_responses_are_exactly_the_best(instance: Instance, price: float, rank_p
 @settings(max_examples=examples(1))
 def test_alternatives_are_all_below_the_window(instance: Instance, price: float, share: float):
     problem = instance.problem()
-    for response in responses(problem, problem.upper, price):
+    for response in responses(problem, problem.upper, Charges.of(problem, [price])):
         every = scores(problem, response.group, price, 0.0)
         best = max(every.values())
         window = Fraction(share) * (best - min(every.values()))
         expected = sorted(
-            (problem.cost_at(response.group, rank) - response.best_cost, best - score)
+            (rank, best - score)
             for rank, score in every.items()
-            if best - score < Fraction(int(window * SCALE), SCALE)
+            if best - score < Fraction(int(window * SCALE), SCALE) and rank != response.best_rank
         )
         found = sorted(
-            (cost, Fraction(penalty, SCALE))
-            for cost, penalty in response.alternatives(integer(price), window)
+            (rank, Fraction(penalty, SCALE)) for rank, penalty in response.alternatives(window)
         )
-        assert found == [pair for pair in expected if pair[0] != 0]
+        assert found == expected
+        own = problem.cost_at(response.group, response.best_rank)
+        assert sorted(response.moves(problem.rows, window)) == sorted(
+            ((problem.cost_at(response.group, rank) - own,), int(penalty * SCALE))
+            for rank, penalty in expected
+        )
 
 
 @given(instances(), st.data())
@@ -109,6 +114,11 @@ def test_totals_of_tied_layers_whose_gains_are_no_doubles(tied):
         assert [Fraction(total, SCALE) for total in totals] == [every[r] for r in (2, 0, 1)]
 
 
+def one_row(classes, left, price, window, effort):
+    moves = [[((move,), penalty) for move, penalty in options] for options in classes]
+    return better_exists(moves, (left,), (price,), window, effort)
+
+
 def brute(classes, left: int, price: int, window: int) -> bool:
     for choice in product(*([(0, 0), *options] for options in classes)):
         rest = left - sum(change for change, _ in choice)
@@ -124,32 +134,32 @@ def test_a_better_choice_is_found_if_there_is_one(drawn, left, price, window):
     # The classes hold only penalties below the window, as `alternatives` makes them.
     classes = [[(m, p) for m, p in options if p < window] for options in classes]
     classes = [options for options in classes if options]
-    assert better_exists(classes, left, price, window, 10**6) == brute(classes, left, price, window)
+    assert one_row(classes, left, price, window, 10**6) == brute(classes, left, price, window)
 
 
 @given(core_classes(), st.integers(-15, 25), st.integers(0, 5), st.integers(0, 80))
 def test_little_effort_gives_no_wrong_answer(drawn, left, price, window):
     classes = [list(zip(moves, penalties, strict=True)) for moves, penalties in drawn]
-    found = better_exists(classes, left, price, window, 3)
+    found = one_row(classes, left, price, window, 3)
     assert found in (None, brute(classes, left, price, window))
 
 
 def test_effort_is_counted():
     classes = [[(3**k, 1)] for k in range(8)]
     # Every subset is a state of its own; none fills the budget within the window.
-    assert better_exists(classes, 3**8, 1, 50, 10**6) is False
-    assert better_exists(classes, 3**8 // 2, 1, 5, 10) in (None, False)
-    assert better_exists([], 4, 3, 12, 0) is False
-    assert better_exists([], 4, 3, 13, 0) is True
-    assert better_exists([], -1, 3, 13, 0) is False
+    assert one_row(classes, 3**8, 1, 50, 10**6) is False
+    assert one_row(classes, 3**8 // 2, 1, 5, 10) in (None, False)
+    assert one_row([], 4, 3, 12, 0) is False
+    assert one_row([], 4, 3, 13, 0) is True
+    assert one_row([], -1, 3, 13, 0) is False
 
 
 def test_what_does_not_divide_stays_unspent():
     # All changes are even, so that one unit of an odd budget is lost: 2 * 5 < 10 is false.
     classes = [[(2, 0)], [(4, 0)], [(-2, 0)]]
-    assert better_exists(classes, 5, 10, 10, 10**6) is False
-    assert better_exists(classes, 5, 10, 11, 10**6) is True
-    assert better_exists(classes, -5, 10, 11, 10**6) is False
+    assert one_row(classes, 5, 10, 10, 10**6) is False
+    assert one_row(classes, 5, 10, 11, 10**6) is True
+    assert one_row(classes, -5, 10, 11, 10**6) is False
 
 
 @given(instances(concave=True), st.floats(0.0, 20.0), st.floats(-20.0, 20.0), st.integers(0, 30))

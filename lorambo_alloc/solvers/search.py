@@ -109,7 +109,8 @@ class Search:
     def settle_in_integers(self) -> None:
         """Where 64 bits were too few for a small problem, search it in integers of any length."""
         price = self._relaxed.price / self._form.unit
-        ranks = best_in_integers(self._problem, price, self.ranks, self._deadline)
+        row = self._problem.rows[0]
+        ranks = best_in_integers(self._problem, [row], [price], self.ranks, self._deadline)
         if ranks is not None:
             self.offer(ranks)
             self._gap = Fraction(0)

@@ -15,11 +15,14 @@ from lorambo_alloc.problem import Problem
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers that share one rank (often a single layer): its options with exact gains."""
+    """Layers that share one rank (often a single layer): its options with exact gains.
+
+    Each option has one cost for every budget: the problem's own, then the caps.
+    """
 
     layers: tuple[int, ...]
     ranks: tuple[int, ...]
-    costs: tuple[int, ...]
+    costs: tuple[tuple[int, ...], ...]
     gains: tuple[Fraction, ...]
 
 
@@ -32,15 +35,17 @@ def _groups(problem: Problem, *, gains: bool = True) -> list[_Group]:
     for group in members:
         shared = set[int].intersection(*({int(r) for r in problem.allowed_ranks(i)} for i in group))
         ranks = tuple(sorted(shared))
-        costs: list[int] = []
+        costs: list[tuple[int, ...]] = []
         values: list[Fraction] = []
         for r in ranks:
             vector = np.zeros(len(problem.names), dtype=np.int64)
             vector[list(group)] = r
             costs.append(
-                sum(
-                    int(problem.costs[i]) * r + (int(problem.fixed_costs[i]) if r else 0)
-                    for i in group
+                tuple(
+                    sum(
+                        int(row.costs[i]) * r + (int(row.fixed_costs[i]) if r else 0) for i in group
+                    )
+                    for row in problem.rows
                 )
             )
             values.append(problem.value_of(vector) if gains else Fraction(0))
@@ -62,6 +67,14 @@ def _ranks(groups: list[_Group], choice: tuple[int, ...], layers: int) -> IntArr
     for group, k in zip(groups, choice, strict=True):
         ranks[list(group.layers)] = group.ranks[k]
     return ranks
+
+
+def _fits(problem: Problem, groups: list[_Group], choice: tuple[int, ...]) -> bool:
+    """Whether a choice of one option a group is within the budget and every cap."""
+    return all(
+        sum(group.costs[k][n] for group, k in zip(groups, choice, strict=True)) <= row.budget
+        for n, row in enumerate(problem.rows)
+    )
 
 
 def _tails(problem: Problem, i: int) -> list[float]:
@@ -96,7 +109,7 @@ def brute_force(problem: Problem, *, most: int = 1_000_000) -> tuple[Fraction, I
     scale = math.lcm(*(gain.denominator for group in groups for gain in group.gains))
     gains = [[int(gain * scale) for gain in group.gains] for group in groups]
     for choice in product(*(range(len(group.ranks)) for group in groups)):
-        if sum(group.costs[k] for group, k in zip(groups, choice, strict=True)) > problem.budget:
+        if not _fits(problem, groups, choice):
             continue
         value = Fraction(sum(gain[k] for gain, k in zip(gains, choice, strict=True)))
         if best is None or value > best[0]:
@@ -136,7 +149,7 @@ def brute_force_bottleneck(
     left = [[[tails[i][r] for i in group.layers] for r in group.ranks] for group in groups]
     best: tuple[tuple[float, ...], tuple[int, ...]] | None = None
     for choice in product(*(range(len(group.ranks)) for group in groups)):
-        if sum(group.costs[k] for group, k in zip(groups, choice, strict=True)) > problem.budget:
+        if not _fits(problem, groups, choice):
             continue
         chosen = (tail for rows, k in zip(left, choice, strict=True) for tail in rows[k])
         vector = tuple(sorted(chosen, reverse=True))
@@ -161,15 +174,18 @@ def dynamic_program(problem: Problem, *, most: int = 200_000_000) -> Fraction:
         The exact optimal value.
 
     Raises:
-        ValueError: the table would take more than `most` updates, or nothing is feasible.
+        ValueError: the table would take more than `most` updates, nothing is feasible, or there
+            are caps.
 
     Example:
         >>> dynamic_program(Problem({"a": [3.0, 1.0], "b": [2.0]}, 2))
         Fraction(13, 1)
     """
+    if problem.caps:
+        raise ValueError("a dynamic program over one budget cannot hold caps; use brute_force")
     groups = _groups(problem)
-    divisor = math.gcd(*(cost for group in groups for cost in group.costs)) or 1
-    capacity = min(problem.budget, sum(max(group.costs) for group in groups)) // divisor
+    divisor = math.gcd(*(cost for group in groups for (cost,) in group.costs)) or 1
+    capacity = min(problem.budget, sum(max(group.costs)[0] for group in groups)) // divisor
     updates = sum(len(group.ranks) for group in groups) * (capacity + 1)
     if updates > most:
         raise ValueError(f"expected at most {most:,} table updates, got {updates:,}")
@@ -183,7 +199,7 @@ def dynamic_program(problem: Problem, *, most: int = 200_000_000) -> Fraction:
     best = np.zeros(capacity + 1, dtype=kind)
     for group, gain in zip(groups, gains, strict=True):
         after = np.full(capacity + 1, infeasible, dtype=kind)
-        for cost, value in zip(group.costs, gain, strict=True):
+        for (cost,), value in zip(group.costs, gain, strict=True):
             shift = cost // divisor
             if shift <= capacity:
                 np.maximum(after[shift:], best[: capacity + 1 - shift] + value, out=after[shift:])

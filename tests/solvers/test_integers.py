@@ -22,7 +22,7 @@ def test_the_optimum_is_found_at_any_price(instance: Instance, price: float, dat
     problem = instance.problem()
     start = data.draw(st.sampled_from(list(all_feasible(problem))))
     before = start.copy()
-    ranks = best_in_integers(problem, price, start)
+    ranks = best_in_integers(problem, problem.rows, [price], start)
     assert ranks is not None
     problem.check(ranks)
     assert problem.value_of(ranks) == brute_force(problem)[0]
@@ -33,7 +33,7 @@ def test_the_optimum_is_found_at_any_price(instance: Instance, price: float, dat
 @settings(max_examples=examples(0.5))
 def test_gains_finer_than_the_fixed_point(seed: int, price: float):
     problem = finer_than_fixed_point(seed).problem()
-    ranks = best_in_integers(problem, price, problem.lower)
+    ranks = best_in_integers(problem, problem.rows, [price], problem.lower)
     assert ranks is not None
     assert problem.value_of(ranks) == brute_force(problem)[0]
 
@@ -41,28 +41,28 @@ def test_gains_finer_than_the_fixed_point(seed: int, price: float):
 def test_an_optimum_is_given_back():
     problem = Problem({"a": [2.0, 1.0], "b": [1.5]}, 2)
     optimum = brute_force(problem)[1]
-    ranks = best_in_integers(problem, 1.0, optimum)
+    ranks = best_in_integers(problem, problem.rows, [1.0], optimum)
     assert ranks is not None
     assert ranks.tolist() == optimum.tolist()
 
 
 def test_no_layers():
-    ranks = best_in_integers(Problem({}, 3), 1.0, np.zeros(0, dtype=np.int64))
+    ranks = best_in_integers(Problem({}, 3), Problem({}, 3).rows, [1.0], np.zeros(0, dtype=np.int64))
     assert ranks is not None
     assert len(ranks) == 0
 
 
 def test_no_time():
     problem = Problem({"a": [2.0, 1.0], "b": [1.5]}, 2)
-    assert best_in_integers(problem, 0.1, problem.lower, time.monotonic() - 1) is None
-    assert best_in_integers(problem, 0.1, problem.lower, time.monotonic() + 999) is not None
+    assert best_in_integers(problem, problem.rows, [0.1], problem.lower, time.monotonic() - 1) is None
+    assert best_in_integers(problem, problem.rows, [0.1], problem.lower, time.monotonic() + 999) is not None
 
 
 @pytest.mark.parametrize("ranks", [62, 63])
 def test_too_many_options(ranks):
     # 65 layers with 63 or 64 ranks to choose from: 4,095 options, or more than it takes.
     problem = Problem(np.ones((65, ranks)), 10)
-    found = best_in_integers(problem, 1.0, problem.lower)
+    found = best_in_integers(problem, problem.rows, [1.0], problem.lower)
     assert (found is None) == (ranks == 63)
     if found is not None:
         assert problem.value_of(found) == 10
@@ -72,5 +72,5 @@ def test_too_many_states():
     problem = proportional_large_costs(30, 6).problem()
     price = solve(problem, "water_filling").certificate.price
     start = time.monotonic()
-    assert best_in_integers(problem, price, problem.lower) is None
+    assert best_in_integers(problem, problem.rows, [price], problem.lower) is None
     assert time.monotonic() - start < 60

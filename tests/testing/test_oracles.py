@@ -1,5 +1,6 @@
 """The oracles against each other, and against answers worked out by hand."""
 
+import dataclasses
 from fractions import Fraction
 
 import numpy as np
@@ -93,6 +94,7 @@ def test_too_large_a_table():
 def infeasible(objective: str) -> Problem:
     problem = Problem({"a": [1.0]}, 1, objective=objective, min_rank=1)
     problem.budget = 0
+    problem.rows = (dataclasses.replace(problem.rows[0], budget=0),)
     return problem
 
 

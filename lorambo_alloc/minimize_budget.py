@@ -1,0 +1,385 @@
+"""The inverse question: the cheapest ranks that capture enough, with a proof of its own."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import numpy as np
+
+from lorambo_alloc.allocation import Allocation
+from lorambo_alloc.caps import Caps
+from lorambo_alloc.certificate import Verification
+from lorambo_alloc.costs import PerLayer
+from lorambo_alloc.hulls import concave_hulls
+from lorambo_alloc.limits import AllowedRanks, Limit
+from lorambo_alloc.objectives import IntArray, Objective, real_number
+from lorambo_alloc.problem import Problem
+from lorambo_alloc.solve import solve
+from lorambo_alloc.verification import (
+    SCALE,
+    CertificateError,
+    Charges,
+    better_exists,
+    integer,
+    lefts_and_prices,
+    responses,
+)
+
+
+@dataclass(frozen=True)
+class BudgetCertificate:
+    """A proved statement about the cost of reaching a value.
+
+    The ranks have at least the target's value, and no rank vector that costs less than
+    `lower_bound` has. That rests on Lagrangian duality at the price, for a budget of one unit less
+    than the bound, and where the price alone does not prove it, on a search.
+
+    Attributes:
+        status: `optimal_exact` (cost and lower bound are equal) or `gap_certified` (the search
+            stopped early; the least cost lies between the two).
+        target: the value to reach, exactly.
+        value: the exact value of the ranks.
+        cost: what the ranks cost.
+        lower_bound: no ranks of a lower cost reach the target.
+        price: gain per unit of cost, as the proof uses it; 1 / price is about what one more unit
+            of gain costs here.
+        cap_prices: gain per unit of each cap.
+    """
+
+    status: Literal["optimal_exact", "gap_certified"]
+    target: Fraction
+    value: Fraction
+    cost: int
+    lower_bound: int
+    price: float
+    cap_prices: tuple[float, ...] = ()
+
+    def verify(self, problem: Problem, ranks: IntArray, effort: int = 2_000_000) -> Verification:
+        """Re-derive the certificate from the problem alone, in rational arithmetic.
+
+        Args:
+            problem: the problem, at any budget.
+            ranks: the rank vector, int by layer.
+            effort: how many states a repeated search may look at.
+
+        Raises:
+            CertificateError: the ranks break a limit, value or cost are not as claimed, or ranks
+                cheaper than the lower bound reach the target.
+        """
+        try:
+            problem.with_budget(self.cost).check(ranks)
+        except ValueError as error:
+            raise CertificateError(str(error)) from error
+        cost, value = problem.cost_of(ranks), problem.value_of(ranks)
+        if (cost, value) != (self.cost, self.value) or value < self.target:
+            raise CertificateError(
+                f"the ranks cost {cost} and have value {float(value)!r}; the certificate claims "
+                f"{self.cost} and {float(self.value)!r}, for a target of {float(self.target)!r}"
+            )
+        if self.status == "optimal_exact" and self.lower_bound != self.cost:
+            raise CertificateError(
+                f"an optimal cost {self.cost} needs the same lower bound, got {self.lower_bound}"
+            )
+        if self.lower_bound <= problem.cost_of(problem.lower):
+            return Verification(value, value, "price")
+        cheaper = problem.with_budget(self.lower_bound - 1)
+        prices = (self.price, *(self.cap_prices or (0.0,) * len(problem.caps)))
+        if not all(0 <= price < math.inf for price in prices) or len(prices) != len(problem.rows):
+            raise CertificateError(f"expected finite prices >= 0, one a budget, got {prices!r}")
+        answers = list(responses(cheaper, ranks, Charges.of(cheaper, prices)))
+        bound = sum(r.best for r in answers)
+        for price, row in zip(prices, cheaper.rows, strict=True):
+            bound += integer(price) * row.budget
+        # A value of the target or more loses no more than this to the bound.
+        window = bound - math.ceil(self.target * SCALE) + 1
+        if window <= 0:
+            return Verification(value, Fraction(bound, SCALE), "price")
+        found = better_exists(
+            [
+                moves
+                for response in answers
+                if (moves := response.moves(cheaper.rows, Fraction(window, SCALE)))
+            ],
+            *lefts_and_prices(cheaper.rows, prices, answers),
+            window,
+            effort,
+        )
+        if found:
+            raise CertificateError(
+                f"ranks that cost less than {self.lower_bound} reach the target too"
+            )
+        proof = "unfinished" if found is None else "search"
+        return Verification(value, Fraction(bound, SCALE), proof)
+
+
+class CheapestRanks(Mapping[str, int]):
+    """The cheapest ranks that reach a value: layer name to rank.
+
+    Attributes:
+        allocation: the ranks as an allocation at their own cost; of all ranks that cost no more,
+            they have the greatest value (to the allocation's own certificate).
+        certificate: the proof that less does not suffice.
+    """
+
+    def __init__(self, allocation: Allocation, certificate: BudgetCertificate) -> None:
+        self.allocation = allocation
+        self.certificate = certificate
+
+    def __getitem__(self, name: str) -> int:
+        return self.allocation[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.allocation)
+
+    def __len__(self) -> int:
+        return len(self.allocation)
+
+    @property
+    def ranks(self) -> IntArray:
+        """Int64 by layer, in the order of the layers."""
+        return self.allocation.ranks
+
+    @property
+    def cost(self) -> int:
+        """What the ranks cost: the least budget that reaches the target."""
+        return self.certificate.cost
+
+    @property
+    def value(self) -> float:
+        """The sum of the gains, rounded down."""
+        return self.allocation.value
+
+    def verify(self) -> Verification:
+        """Check the certificate; see `BudgetCertificate.verify`."""
+        return self.certificate.verify(self.allocation.problem, self.ranks)
+
+    def __repr__(self) -> str:
+        own = self.certificate
+        proof = f"no ranks that cost less than {own.lower_bound:,} reach it"
+        return f"{self.allocation!r}\ntarget    {float(own.target):.6g} reached; {proof}"
+
+
+def minimize_budget(
+    spectra: object,
+    target: float = 0.95,
+    *,
+    value: float | None = None,
+    shapes: PerLayer[tuple[int, int]] | None = None,
+    costs: PerLayer[int] | None = None,
+    fixed_costs: PerLayer[int] | None = None,
+    objective: str | Objective = "frobenius",
+    weights: PerLayer[float] | None = None,
+    min_rank: Limit = 0,
+    max_rank: Limit = None,
+    multiple_of: int = 1,
+    allowed_ranks: AllowedRanks = None,
+    tied: Iterable[Sequence[str]] = (),
+    caps: Caps | None = None,
+    time_limit: float | None = None,
+) -> CheapestRanks:
+    """The cheapest ranks that capture a share of the gain, and the proof of it.
+
+    The relaxation's price bounds the least cost from below, and its whole steps from above. Between
+    the two, the exact solver decides whether a budget suffices, from the lower bound upwards; each
+    answer is a proof, so the result is exact.
+
+    Args:
+        spectra: as `allocate` takes it, and so are all limits.
+        target: the share of the attainable gain to capture, from 0 to 1; attainable is what the
+            limits (and caps) allow at any budget.
+        value: instead of a share, the value to reach, in units of gain.
+        shapes: name to (d, k); a rank costs d + k parameters.
+        costs: name to the cost of one rank, whole numbers >= 1.
+        fixed_costs: name to a cost charged once if the layer's rank is above 0.
+        objective: "frobenius", "nuclear", `schatten(p)` or `log(noise)`.
+        weights: name to a factor >= 0 on the layer's gains.
+        min_rank: the least rank, for all layers or by name.
+        max_rank: the greatest rank, for all layers or by name.
+        multiple_of: ranks are multiples of this.
+        allowed_ranks: the ranks to choose from, for all layers or by name.
+        tied: groups of layer names that share one rank.
+        caps: side budgets on groups of layers.
+        time_limit: seconds after which to stop with a certified gap; None: no limit.
+
+    Returns:
+        A `CheapestRanks`: a mapping of layer name to rank, with its certificate.
+
+    Raises:
+        ValueError: an argument is not of its form, or no ranks reach the value.
+
+    References:
+        Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, section 13.3.3 (the minimisation
+        knapsack).
+
+    Example:
+        >>> spectra = {"q": [3.0, 2.0, 1.0], "v": [2.5, 0.5]}
+        >>> cheapest = minimize_budget(spectra, 0.9, costs={"q": 16, "v": 12})
+        >>> dict(cheapest), cheapest.cost, cheapest.certificate.status
+        ({'q': 2, 'v': 1}, 44, 'optimal_exact')
+    """
+    problem = Problem(
+        spectra,
+        (1 << 62) - 1,
+        shapes=shapes,
+        costs=costs,
+        fixed_costs=fixed_costs,
+        objective=objective,
+        weights=weights,
+        min_rank=min_rank,
+        max_rank=max_rank,
+        multiple_of=multiple_of,
+        allowed_ranks=allowed_ranks,
+        tied=tied,
+        caps=caps,
+    )
+    if problem.objective.kind == "operator":
+        raise ValueError("objective: minimize_budget needs gains that add up; 'operator' has none")
+    deadline = None if time_limit is None else time.monotonic() + real_number(time_limit)
+    best = solve(problem, time_limit=time_limit)
+    wanted = _wanted(problem, best, target, value)
+    return _Bracket(problem, wanted, best, deadline).close()
+
+
+def _wanted(problem: Problem, best: Allocation, target: float, value: float | None) -> Fraction:
+    """The value to reach, exactly."""
+    attainable = problem.value_of(best.ranks)
+    if value is None:
+        share = real_number(target)
+        if not 0 <= share <= 1:
+            raise ValueError(f"target: expected a share from 0 to 1, got {target!r}")
+        if attainable < 0:
+            raise ValueError(
+                f"target: the limits allow {float(attainable)!r} at most; a share of a loss has "
+                "no meaning; give `value` instead"
+            )
+        return Fraction(share) * attainable
+    wanted = real_number(value)
+    if not math.isfinite(wanted):
+        raise ValueError(f"value: expected a finite number, got {value!r}")
+    if Fraction(wanted) > attainable:
+        raise ValueError(
+            f"value: expected at most {float(attainable)!r}, what the limits allow, got {value!r}"
+        )
+    return Fraction(wanted)
+
+
+class _Bracket:
+    """A cost that is proved too little, less than one unit, and ranks that reach the target."""
+
+    def __init__(
+        self, problem: Problem, wanted: Fraction, best: Allocation, deadline: float | None
+    ) -> None:
+        self._problem = problem
+        self._wanted = wanted
+        self._deadline = deadline
+        self._best = best
+        self._step = _cost_step(problem)
+        self._prices = (0.0,) * len(problem.rows)
+        least = problem.cost_of(problem.lower)
+        self.low = least
+        if problem.value_of(problem.lower) >= wanted:
+            self._best = solve(problem.with_budget(least))
+        else:
+            self._relax()
+        self.high = self._best.cost
+
+    def close(self) -> CheapestRanks:
+        """Ask the exact solver from the lower bound upwards, in growing strides, till both meet."""
+        stride = 0
+        while self.low < self.high:
+            budget = min(self.low + stride * self._step, self.high - self._step)
+            answer = solve(self._problem.with_budget(budget), time_limit=self._left())
+            certificate = answer.certificate
+            if self._problem.value_of(answer.ranks) >= self._wanted:
+                self._best, self.high = answer, answer.cost
+                # Between the last budget that did not suffice and this one, halve.
+                stride = (self.high - self.low) // (2 * self._step)
+            elif Fraction(certificate.upper_bound) < self._wanted or (
+                certificate.status == "optimal_exact"
+            ):
+                self.low = budget + self._step
+                self._prices = (certificate.price, *(certificate.cap_prices or ()))
+                stride = 2 * stride + 1 if stride else 1
+            else:
+                break  # undecided when the time was over
+        return self._result()
+
+    def _relax(self) -> None:
+        """Lower bound and first ranks from the relaxation: steps along the hulls by density."""
+        problem = self._problem
+        hulls = concave_hulls(problem)
+        hulls = hulls.select(hulls.gains > 0)
+        members = problem.variables
+        unit = np.array([sum(int(problem.costs[i]) for i in group) for group in members])
+        fixed = np.array([sum(int(problem.fixed_costs[i]) for i in group) for group in members])
+        costs = unit[hulls.variables] * (hulls.high - hulls.low)
+        costs += fixed[hulls.variables] * (hulls.low == 0)
+        shift = 900 - math.frexp(float(np.max(hulls.gains, initial=0.0)))[1]
+        density = np.ldexp(hulls.gains, shift) / costs
+        order = np.argsort(-density, kind="stable")
+        values = float(problem.value_of(problem.lower)) + np.cumsum(hulls.gains[order])
+        count = int(np.searchsorted(values, float(self._wanted)))
+        if count == len(order):
+            count = max(count - 1, 0)
+        if not len(order):
+            return
+        price = float(np.ldexp(density[order[count]], -shift))
+        ranks = problem.lower.copy()
+        for n in order[: count + 1].tolist():
+            ranks[list(members[hulls.variables[n]])] = hulls.high[n]
+        # Caps may forbid these ranks, and rounding may leave them a trifle short.
+        if problem.fits(ranks) and problem.value_of(ranks) >= self._wanted:
+            self._best = solve(problem.with_budget(problem.cost_of(ranks)))
+        if price > 0:
+            self._prices = (price, *(0.0 for _ in problem.caps))
+            self.low = max(self.low, self._least_cost(price))
+
+    def _least_cost(self, price: float) -> int:
+        """By duality, what any ranks of the wanted value cost at least; caps could only add."""
+        problem = self._problem
+        answers = responses(problem, problem.lower, Charges.of(problem, self._prices))
+        most = Fraction(sum(response.best for response in answers), SCALE)
+        cost = math.ceil((self._wanted - most) / Fraction(price))
+        least = problem.cost_of(problem.lower)
+        return least + max(-(-(cost - least) // self._step), 0) * self._step
+
+    def _result(self) -> CheapestRanks:
+        problem, best = self._problem, self._best
+        if best.budget != best.cost:
+            best = solve(problem.with_budget(best.cost), time_limit=self._left())
+            if problem.value_of(best.ranks) < self._wanted:
+                best = Allocation(best.problem, self._best.ranks, best.certificate)
+        certificate = BudgetCertificate(
+            "optimal_exact" if self.low >= best.cost else "gap_certified",
+            self._wanted,
+            problem.value_of(best.ranks),
+            best.cost,
+            min(self.low, best.cost),
+            *self._stated_prices(),
+        )
+        return CheapestRanks(best, certificate)
+
+    def _stated_prices(self) -> tuple[float, tuple[float, ...]]:
+        return self._prices[0], self._prices[1:]
+
+    def _left(self) -> float | None:
+        return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+
+
+def _cost_step(problem: Problem) -> int:
+    """All rank vectors cost as much as the least ranks, and a multiple of this."""
+    step = 0
+    for group in problem.variables:
+        allowed = problem.allowed_ranks(group[0])
+        first = problem.cost_at(group, int(allowed[0]))
+        if len(allowed) > 1:
+            # The first step may carry the fixed cost; all others are multiples of the unit.
+            unit = sum(int(problem.costs[i]) for i in group)
+            widths = int(np.gcd.reduce(np.diff(allowed[1:]))) if len(allowed) > 2 else 0
+            step = math.gcd(step, problem.cost_at(group, int(allowed[1])) - first, unit * widths)
+    return step or 1
