@@ -11,7 +11,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
-_PACKAGES = ("numpy", "scipy", "ortools", "highspy", "pyscipopt")
+_PACKAGES = ("numpy", "scipy", "cvxpy", "clarabel", "ortools", "highspy", "pyscipopt")
 
 
 def machine() -> dict[str, Any]:

@@ -193,6 +193,10 @@ def _caps(
     caps: dict[str, Cap] = {}
     rows = zip(header, arrays["cap_costs"], arrays["cap_fixed_costs"], strict=True)
     for (name, budget), costs, fixed in rows:
+        if name in caps:
+            raise ValueError("the name of a cap appears twice")
+        if not costs.shape == fixed.shape == (len(names),):
+            raise ValueError(f"cap {name!r}: expected one cost a layer")
         members = np.flatnonzero(costs)
         layers = [names[i] for i in members.tolist()]
         caps[name] = Cap(layers, budget, costs[members].tolist(), fixed[members].tolist())

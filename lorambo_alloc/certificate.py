@@ -55,16 +55,20 @@ class Verification:
             matroid), `search` (a search repeated in integers proves it), or `unfinished` (the
             arithmetic is right and the price bound holds, but repeating the search would take
             more than the effort allowed).
+        given_constraints: whether the bound speaks only of ranks that satisfy constraints of the
+            caller's own, of which the problem knows nothing: what the certificate says of them
+            is taken on trust.
     """
 
     value: Fraction
     price_bound: Fraction
     proof: Literal["price", "two prices", "exchange", "search", "unfinished"]
+    given_constraints: bool = False
 
     @property
     def complete(self) -> bool:
-        """Whether all that the certificate claims was proved again, its search included."""
-        return self.proof != "unfinished"
+        """Whether all that the certificate claims was proved again from the problem alone."""
+        return self.proof != "unfinished" and not self.given_constraints
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ class Certificate:
         within: names of caps within which a search stood in for the cap's price, and how much
             another choice within it could gain at the prices of all other budgets.
         side: from constraints of the caller's own: the charge per rank of each layer, and what
-            those of any ranks that satisfy the constraints sum up to at most.
+            those of any ranks that satisfy the constraints sum up to at most. The bound is then
+            one for such ranks only.
         ratio: with `ratio_certified`, the share of the optimum that the theorem promises; else 0.
         theorem: where that promise comes from.
     """
@@ -176,7 +181,8 @@ class Certificate:
         Args:
             problem: the problem, as the allocation carries it.
             ranks: the rank vector, int by layer.
-            effort: how many states the repeated search may look at (2e6 take some seconds).
+            effort: how many states the repeated search may look at (2e6 take some seconds); with
+                searched caps, in each of them.
 
         Raises:
             CertificateError: the ranks break a limit or the budget, the value or a bound is not
@@ -190,6 +196,7 @@ class Certificate:
         except ValueError as error:
             raise CertificateError(str(error)) from error
         prices = self._prices(problem)
+        searched = self._searched(problem)
         if problem.objective.kind == "operator":
             return self._verify_bottleneck(problem, ranks)
         weights, limit = self._side(problem)
@@ -200,19 +207,24 @@ class Certificate:
         terms = zip(map(integer, prices), problem.rows, strict=True)
         units = sum(r.best for r in answers) + sum(price * row.budget for price, row in terms)
         bound = Fraction(units + integer(limit), SCALE)
-        if self.status == "ratio_certified" and value < Fraction(self.ratio) * bound:
+        if self.status == "ratio_certified" and not (
+            _is_price(self.ratio) and value >= Fraction(self.ratio) * bound
+        ):
             raise CertificateError(
                 f"the value {self.value!r} is not proved to be {self.ratio!r} of the optimum"
             )
+        given = self.side is not None
         claimed = value if self.status == "optimal_exact" else Fraction(self.upper_bound)
         if claimed >= bound:
-            return Verification(value, bound, "price")
+            return Verification(value, bound, "price", given)
         if self._cut_proves(problem, ranks, claimed, bound):
             return Verification(value, bound, "two prices")
         if exchange_optimal(problem, ranks):
             return Verification(value, bound, "exchange")
-        if self.within:
-            found = self._better_within(problem, ranks, prices, answers, claimed - value, effort)
+        if searched:
+            found = _better_within(
+                problem, ranks, prices, searched, answers, claimed - value, effort
+            )
         else:
             window = bound - claimed
             found = better_exists(
@@ -226,13 +238,14 @@ class Certificate:
                 f"a rank vector within the budget has a value above the claimed bound "
                 f"{self.upper_bound!r}"
             )
-        return Verification(value, bound, "unfinished" if found is None else "search")
+        return Verification(value, bound, "unfinished" if found is None else "search", given)
 
     def _prices(self, problem: Problem) -> tuple[float, ...]:
         """The price of each of the problem's rows; CertificateError if they are no prices."""
         caps = self.cap_prices or (0.0,) * len(problem.caps)
         if not (
-            all(map(_is_price, (self.price, *caps)))
+            isinstance(caps, tuple)  # pyright: ignore[reportUnnecessaryIsInstance]
+            and all(map(_is_price, (self.price, *caps)))
             and len(caps) == len(problem.caps)
             and self._cut_is_well_formed()
         ):
@@ -246,63 +259,32 @@ class Certificate:
         """The charges that come from the caller's constraints, and their limit."""
         if self.side is None:
             return (), 0.0
-        weights, limit = self.side
         if self.within:
             raise CertificateError("charges from constraints and searched caps do not go together")
-        if len(weights) != len(problem.names) or not all(map(math.isfinite, (*weights, limit))):
-            raise CertificateError("expected finite charges from constraints, one a layer")
-        return weights, limit
+        match cast(object, self.side):  # it may come from a file
+            case (given, float(limit)) if isinstance(given, tuple) and math.isfinite(limit):
+                weights = cast(tuple[float, ...], given)
+                if len(weights) == len(problem.names) and all(map(_is_finite, weights)):
+                    return weights, limit
+            case _:
+                pass
+        raise CertificateError("expected finite charges from constraints, one a layer")
 
-    def _better_within(
-        self,
-        problem: Problem,
-        ranks: IntArray,
-        prices: tuple[float, ...],
-        answers: list[Response],
-        gap: Fraction,
-        effort: int,
-    ) -> bool | None:
-        """Whether a search within caps refutes that nothing gains more than the gap.
-
-        By complementary slackness the gap is at most the sum of what is lost outside the searched
-        caps, of the priced budgets that are left over, and of what each search leaves open.
-        """
-        rows = {row.name: k for k, row in enumerate(problem.rows)}
-        units = list(map(integer, prices))
-        searched: set[int] = set()
-        inside: set[tuple[int, ...]] = set()
-        open_gap = Fraction(0)
-        finished = True
-        for name, slack in self.within:
-            k = rows.get(name, 0)
-            if k in searched or not name or not _is_price(slack):
-                raise CertificateError(f"expected a search within different caps, got {name!r}")
-            row = problem.rows[k]
-            own = [r for r in answers if row.cost_at(r.group, 1)]
-            if inside & {r.group for r in own}:
-                raise CertificateError(f"cap {name!r}: searched caps share layers")
-            searched.add(k)
-            inside |= {r.group for r in own}
-            open_gap += Fraction(slack)
-            loss = sum(r.best - r.score for r in own)
-            loss += units[k] * (row.budget - row.cost_of(ranks))
-            window = Fraction(loss, SCALE) - Fraction(slack)
-            found = better_exists(
-                [moves for r in own if (moves := r.moves([row], window))],
-                *lefts_and_prices([row], prices[k : k + 1], own),
-                int(window * SCALE),
-                effort,
-            )
-            if found:
-                return True
-            finished = finished and found is False
-        rest = sum(r.best - r.score for r in answers if r.group not in inside)
-        for k, row in enumerate(problem.rows):
-            if k not in searched:
-                rest += units[k] * (row.budget - row.cost_of(ranks))
-        if open_gap + Fraction(rest, SCALE) > gap:
-            return True
-        return False if finished else None
+    def _searched(self, problem: Problem) -> list[tuple[int, float]]:
+        """Row and slack of the searched caps; CertificateError if they are none."""
+        rows = {row.name: k for k, row in enumerate(problem.rows) if row.name}
+        searched: list[tuple[int, float]] = []
+        if not isinstance(self.within, tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise CertificateError(f"expected names of searched caps, got {self.within!r}")
+        for entry in cast(tuple[object, ...], self.within):
+            match entry:
+                case (str(name), float(slack)) if rows.get(name) and _is_price(slack):
+                    searched.append((rows.pop(name), slack))
+                case _:
+                    raise CertificateError(
+                        f"expected a search within different caps, got {entry!r}"
+                    )
+        return searched
 
     def _cut_is_well_formed(self) -> bool:
         match cast(object, self.cut):  # it may come from a file
@@ -374,6 +356,62 @@ class Certificate:
                 f"ranks of cost {least_cost} discard nothing as large as {worst!r}"
             )
         return Verification(value, value, "search")
+
+
+def _better_within(
+    problem: Problem,
+    ranks: IntArray,
+    prices: tuple[float, ...],
+    searched: list[tuple[int, float]],
+    answers: list[Response],
+    gap: Fraction,
+    effort: int,
+) -> bool | None:
+    """Whether a search within caps refutes that nothing gains more than the gap.
+
+    By complementary slackness the gap is at most the sum of what is lost outside the searched
+    caps, of the priced budgets that are left over, and of what each search leaves open.
+
+    Raises:
+        CertificateError: searched caps share layers, or that sum is more than the gap.
+    """
+    units = list(map(integer, prices))
+    inside: set[tuple[int, ...]] = set()
+    finished = True
+    for k, slack in searched:
+        row = problem.rows[k]
+        own = [r for r in answers if row.cost_at(r.group, 1)]
+        if inside & {r.group for r in own}:
+            raise CertificateError(f"{row.where}: searched caps share layers")
+        inside |= {r.group for r in own}
+        loss = sum(r.best - r.score for r in own)
+        loss += units[k] * (row.budget - row.cost_of(ranks))
+        window = Fraction(loss, SCALE) - Fraction(slack)
+        found = better_exists(
+            [moves for r in own if (moves := r.moves([row], window))],
+            *lefts_and_prices([row], prices[k : k + 1], own),
+            int(window * SCALE),
+            effort,
+        )
+        if found:
+            return True
+        finished = finished and found is False
+    rest = sum(r.best - r.score for r in answers if r.group not in inside)
+    priced = {*range(len(units))} - {k for k, _ in searched}
+    for k in priced:
+        rest += units[k] * (problem.rows[k].budget - problem.rows[k].cost_of(ranks))
+    proved = Fraction(rest, SCALE) + sum((Fraction(slack) for _, slack in searched), Fraction(0))
+    if proved > gap:
+        raise CertificateError(
+            f"prices and searched caps prove a gap of {round_up(proved)!r}, more than the "
+            f"certificate claims"
+        )
+    return False if finished else None
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a figure of a certificate is a finite number."""
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _is_price(value: object) -> bool:

@@ -278,8 +278,13 @@ def check_names(given: Mapping[str, Any], names: tuple[str, ...], what: str) -> 
 
 
 def _exact_increments(curves: FlatLayers) -> FlatLayers | None:
-    """F(r) - F(r - 1) where every difference is a double, else None (Knuth's TwoSum error)."""
+    """F(r) - F(r - 1) where every difference is a double, else None (Knuth's TwoSum error).
+
+    None too where a layer has no ranks at all: every layer of increments has at least one.
+    """
     offsets: IntArray = curves.offsets
+    if np.any(curves.lengths == 1):
+        return None
     flat = curves.flat.astype(np.float64, copy=False)
     inner = np.ones(len(flat), dtype=bool)
     inner[offsets[:-1]] = False

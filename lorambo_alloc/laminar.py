@@ -29,8 +29,36 @@ class LaminarSet:
 
 
 def binding_rows(problem: Problem) -> list[Row]:
-    """The budgets that some rank vector within the limits would break."""
-    return [row for row in problem.rows if row.cost_of(problem.upper) > row.budget]
+    """The budgets that matter: neither out of reach within the limits nor implied by others."""
+    rows = [row for row in problem.rows if row.cost_of(problem.upper) > row.budget]
+    for row in sorted(rows, key=lambda row: -len(row.layers)):
+        others = [other for other in rows if other is not row]
+        if _implied(problem, row, others):
+            rows = others
+    return rows
+
+
+def _implied(problem: Problem, row: Row, others: list[Row]) -> bool:
+    """Whether disjoint groups that cost the same in their own rows allow no more than the row.
+
+    Found by taking groups from the smallest, or from the largest, which suffices where they nest.
+    """
+    inside = [
+        other
+        for other in others
+        if np.array_equal(other.costs, np.where(other.costs > 0, row.costs, 0))
+        and np.array_equal(other.fixed_costs, np.where(other.costs > 0, row.fixed_costs, 0))
+    ]
+    for sign in (1, -1):
+        free = problem.upper.copy()
+        most = 0
+        for other in sorted(inside, key=lambda other: sign * len(other.layers)):
+            if np.all(free[other.layers] == problem.upper[other.layers]):
+                free[other.layers] = 0
+                most += other.budget
+        if most + row.cost_of(free) <= row.budget:
+            return True
+    return False
 
 
 def laminar_family(problem: Problem) -> list[LaminarSet] | None:
@@ -74,12 +102,12 @@ def exchange_optimal(problem: Problem, ranks: IntArray) -> bool:
     if family is None:
         return False
     assert problem.gains is not None
-    layers = np.arange(len(ranks), dtype=np.int64)
-    last = problem.gains.at(layers, np.maximum(ranks, 1))
-    last[ranks == problem.lower] = np.inf  # nothing to give back
-    room = ranks < problem.upper
-    next_gain = problem.gains.at(layers, np.where(room, ranks + 1, 1))
-    next_gain[~room] = -np.inf
+    last = np.full(len(ranks), np.inf)  # with nothing to give back
+    held = np.flatnonzero(ranks > problem.lower)
+    last[held] = problem.gains.at(held, ranks[held])
+    next_gain = np.full(len(ranks), -np.inf)
+    room = np.flatnonzero(ranks < problem.upper)
+    next_gain[room] = problem.gains.at(room, ranks[room] + 1)
     least = np.zeros(len(ranks))  # with no full set, what is worth nothing is not missed
     for own in reversed(family):
         if int(ranks[own.layers].sum()) >= own.capacity:

@@ -76,5 +76,6 @@ def _shares(problem: Problem, table: OptionTable, variables: IntArray) -> FloatA
         costs = unit[variables] * table.ranks.astype(np.float64)
         costs += fixed[variables] * (table.ranks > 0)
         # With nothing to spend, any cost at all is too much.
-        shares.append(costs / row.budget if row.budget else 2.0 * costs)
+        budget = min(row.budget, row.cost_of(problem.upper))
+        shares.append(costs / budget if budget else 2.0 * costs)
     return np.array(shares)

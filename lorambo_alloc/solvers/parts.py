@@ -14,6 +14,8 @@ from lorambo_alloc.objectives import FloatArray, IntArray
 from lorambo_alloc.problem import Problem
 from lorambo_alloc.solvers.exact import solve_exact
 
+_GREATEST_COST = 1 << 53
+
 
 @dataclass(frozen=True)
 class Charge:
@@ -52,6 +54,15 @@ class Part:
     bound: Fraction
 
 
+def within_range(variables: Sequence[tuple[int, ...]], row: Row) -> bool:
+    """Whether what every variable costs in a row is a cost that a problem of its own may have."""
+    return all(
+        sum(int(costs[i]) for i in group) <= _GREATEST_COST
+        for group in variables
+        for costs in (row.costs, row.fixed_costs)
+    )
+
+
 def best_part(
     problem: Problem,
     variables: Sequence[tuple[int, ...]],
@@ -65,7 +76,7 @@ def best_part(
 
     Args:
         problem: where they come from.
-        variables: tied groups or single layers that the row charges.
+        variables: tied groups or single layers that the row charges, `within_range`.
         row: the budget that they share.
         budget: how much of it is theirs; at least what their least ranks cost.
         ranks: the whole rank vector, for all others.
@@ -83,7 +94,7 @@ def best_part(
     certificate = allocation.certificate
     exact = certificate.status == "optimal_exact"
     bound = own.value_of(allocation.ranks) if exact else Fraction(certificate.upper_bound)
-    bound /= 1 << shift
+    bound *= Fraction(2) ** -shift
     result = ranks.copy()
     if native:
         result[layers] = allocation.ranks
@@ -108,11 +119,11 @@ def _native(
                 np.nextafter(own - taken, np.inf) if (taken := charge.per_rank[i]) else own
                 for own, i in zip(rows, layers, strict=True)
             ]
-        rows, shift = _scaled_up(rows)
+        rows, shift = _in_range(rows)
         curves = GainCurves.from_increments(rows)
     else:
         assert problem.totals is not None
-        rows, shift = _scaled_up([problem.totals.row(i) for i in layers])
+        rows, shift = _in_range([problem.totals.row(i) for i in layers])
         curves = GainCurves(rows)
     limits = problem.limits
     lists = {names[i]: own.tolist() for i, own in limits.lists.items() if i in names}
@@ -164,16 +175,25 @@ def _merged(
         allowed[str(n)] = own.tolist()
         costs.append(sum(int(row.costs[i]) for i in group))
         fixed.append(sum(int(row.fixed_costs[i]) for i in group))
-    curves, shift = _scaled_up(curves)
+    curves, shift = _in_range(curves)
     part = Problem(
         GainCurves(curves), budget, costs=costs, fixed_costs=fixed, allowed_ranks=allowed
     )
     return part, shift
 
 
-def _scaled_up(rows: list[FloatArray]) -> tuple[list[FloatArray], int]:
-    """Make gains that would be refused as too tiny larger; and the power of two that does."""
-    largest = max(float(np.max(np.abs(row))) for row in rows)
-    if not 0 < largest < 2.0**-900:
+def _in_range(rows: list[FloatArray]) -> tuple[list[FloatArray], int]:
+    """Scale gains that would be refused as too tiny or too large; and the power of two that does.
+
+    What the smallest ones lose where the largest are too large is rounded up.
+    """
+    largest = max(float(np.max(np.abs(row), initial=0.0)) for row in rows)
+    if 0 < largest < 2.0**-900:
+        return [np.ldexp(row, 1000) for row in rows], 1000
+    if largest <= 2.0**900:
         return rows, 0
-    return [np.ldexp(row, 1000) for row in rows], 1000
+    scaled = [np.ldexp(row, -200) for row in rows]
+    return [
+        np.where(np.ldexp(low, 200) < row, np.nextafter(low, np.inf), low)
+        for low, row in zip(scaled, rows, strict=True)
+    ], -200

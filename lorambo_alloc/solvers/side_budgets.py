@@ -33,7 +33,7 @@ from lorambo_alloc.solvers.exact import solve_exact
 from lorambo_alloc.solvers.filling import Filling
 from lorambo_alloc.solvers.integers import best_in_integers
 from lorambo_alloc.solvers.laminar_greedy import solve_laminar
-from lorambo_alloc.solvers.parts import Charge, best_part
+from lorambo_alloc.solvers.parts import Charge, best_part, within_range
 from lorambo_alloc.verification import SCALE, Charges, integer, responses
 
 _ROUNDS = 4  # of improvements part by part
@@ -47,10 +47,12 @@ class _Bound:
     Attributes:
         prices: one a row of the problem.
         parts: by searched cap, the greatest gain less the charges of all other rows.
+        total: no feasible rank vector has a greater value.
     """
 
     prices: tuple[float, ...]
     parts: dict[str, Fraction]
+    total: Fraction
 
 
 def solve_side_budgets(problem: Problem, time_limit: float | None = None) -> Allocation:
@@ -89,7 +91,7 @@ class SideSearch:
         self._groups = problem.variables
         self._bounds: list[_Bound] = []
         self._closed = False
-        self._homes: list[Row] = []
+        self._homes: dict[str, list[tuple[int, ...]]] = {}  # the variables of each searched cap
         self.ranks = problem.lower.copy()
 
     def relax(self) -> None:
@@ -99,15 +101,13 @@ class SideSearch:
         prices = tuple(by_name.get(row.name, 0.0) for row in self._problem.rows)
         self._filling = Filling(self._problem, self._rows, relaxed.prices)
         self.offer(self._fitted(relaxed.ranks))
-        self._bounds = [_Bound(prices, {})]
+        self._bounds = [self._bound(prices, {})]
 
     def search_parts(self) -> None:
         """Search caps that share no layer, at the prices of all other budgets."""
         self._homes = self._disjoint_caps()
         if self._homes and not self._late():
-            prices = self._bounds[0].prices
-            spent = self._search_parts(prices)
-            self._better_prices(prices, spent)
+            self._better_prices(self._bounds[0].prices)
 
     def improve(self) -> None:
         """Solve parts exactly with all else held fixed, as long as that helps."""
@@ -117,7 +117,8 @@ class SideSearch:
 
     def settle_in_integers(self) -> None:
         """Search a small problem in integers."""
-        if self._late() or not self._certificate("").gap:
+        value = self._problem.value_of(self.ranks)
+        if self._late() or min(bound.total for bound in self._bounds) == value:
             return
         prices = self._bounds[0].prices
         binding = [k for k, row in enumerate(self._problem.rows) if row in self._rows]
@@ -144,22 +145,20 @@ class SideSearch:
 
     # -- bounds ----------------------------------------------------------------------------------
 
-    def _disjoint_caps(self) -> list[Row]:
+    def _disjoint_caps(self) -> dict[str, list[tuple[int, ...]]]:
         """Caps that share no variable, priced ones first, small ones before large ones."""
-        prices = {
-            row.name: p for row, p in zip(self._problem.rows, self._bounds[0].prices, strict=True)
-        }
+        price_of = dict(zip(self._problem.rows, self._bounds[0].prices, strict=True))
         caps = sorted(
             (row for row in self._rows if row.name),
-            key=lambda row: (prices[row.name] == 0, len(row.layers)),
+            key=lambda row: (price_of[row] == 0, len(row.layers)),
         )
-        disjoint: list[Row] = []
+        disjoint: dict[str, list[tuple[int, ...]]] = {}
         taken: set[tuple[int, ...]] = set()
         for cap in caps:
-            members = set(self._members(cap))
-            if not members & taken:
-                disjoint.append(cap)
-                taken |= members
+            members = self._members(cap)
+            if taken.isdisjoint(members) and within_range(members, cap):
+                disjoint[cap.name] = members
+                taken.update(members)
         return disjoint
 
     def _members(self, row: Row) -> list[tuple[int, ...]]:
@@ -167,27 +166,40 @@ class SideSearch:
         charged = row.costs > 0
         return [group for group in self._groups if any(charged[i] for i in group)]
 
+    def _bound(self, prices: tuple[float, ...], parts: dict[str, Fraction]) -> _Bound:
+        """Add up the parts, the best responses outside them, and the priced budgets."""
+        inside = {group for name in parts for group in self._homes[name]}
+        charges = Charges.of(self._problem, prices)
+        units = sum(
+            response.best
+            for response in responses(self._problem, self.ranks, charges)
+            if response.group not in inside
+        )
+        for price, row in zip(prices, self._problem.rows, strict=True):
+            if row.name not in parts:
+                units += integer(price) * row.budget
+        return _Bound(prices, parts, Fraction(units, SCALE) + sum(parts.values()))
+
     def _search_parts(self, prices: tuple[float, ...]) -> int:
         """Solve each searched cap alone at the prices of all other rows; what all spend."""
         problem = self._problem
-        ranks = problem.lower.copy()
-        for response in responses(problem, ranks.copy(), Charges.of(problem, prices)):
-            ranks[list(response.group)] = response.best_rank
+        ranks = self.ranks
         parts: dict[str, Fraction] = {}
-        for home in self._homes:
-            part = best_part(
-                problem,
-                self._members(home),
-                home,
-                home.budget,
-                ranks,
-                self._charge(prices, home),
-                self._left(),
-            )
-            ranks = part.ranks
-            parts[home.name] = part.bound
+        for home in problem.rows:
+            if home.name in self._homes:
+                part = best_part(
+                    problem,
+                    self._homes[home.name],
+                    home,
+                    home.budget,
+                    ranks,
+                    self._charge(prices, home),
+                    self._left(),
+                )
+                ranks = part.ranks
+                parts[home.name] = part.bound
+        self._bounds.append(self._bound(prices, parts))
         self.offer(self._fitted(ranks))
-        self._bounds.append(_Bound(prices, parts))
         return problem.cost_of(ranks)
 
     def _charge(self, prices: tuple[float, ...], home: Row) -> Charge | None:
@@ -195,12 +207,13 @@ class SideSearch:
         own = [0.0 if row is home else p for row, p in zip(self._problem.rows, prices, strict=True)]
         return Charge.of(self._problem.rows, own) if any(own) else None
 
-    def _better_prices(self, prices: tuple[float, ...], spent: int) -> None:
+    def _better_prices(self, prices: tuple[float, ...]) -> None:
         """Move the price of the problem's own budget to where the parts together just spend it."""
         price, budget = prices[0], self._problem.budget
         low, high = 0.0, math.inf
         step = 2.0**-14
         for _ in range(_PRICE_STEPS):
+            spent = self._search_parts((price, *prices[1:]))
             if not price or spent == budget or self._late():
                 break
             if spent > budget:
@@ -212,22 +225,15 @@ class SideSearch:
             step *= 4
             if not low < price < high:
                 break
-            spent = self._search_parts((price, *prices[1:]))
 
     def _certificate(self, method: str) -> Certificate:
-        """The smallest gap that any of the bounds proves for the incumbent."""
-        stated = [self._stated(bound, method) for bound in self._bounds]
-        return min(stated, key=lambda certificate: certificate.gap)
+        """What the least of the bounds proves for the incumbent."""
+        return self._stated(min(self._bounds, key=lambda bound: bound.total), method)
 
     def _stated(self, bound: _Bound, method: str) -> Certificate:
         """The gap of the incumbent under a bound: complementary slackness, term by term."""
         problem = self._problem
-        home_of = {
-            group: home.name
-            for home in self._homes
-            if home.name in bound.parts
-            for group in self._members(home)
-        }
+        home_of = {group: name for name in bound.parts for group in self._homes[name]}
         units = [integer(price) for price in bound.prices]
         scores = dict.fromkeys(bound.parts, 0)
         outside = 0
@@ -265,13 +271,19 @@ class SideSearch:
         """One round of improvements part by part; whether it helped."""
         problem = self._problem
         helped = False
-        full = {group for home in self._homes if self._tight(home) for group in self._members(home)}
+        caps = [(self._members(row), row) for row in self._rows if row.name]
+        full = {
+            group
+            for members, row in caps
+            if row.name in self._homes and self._tight(row)
+            for group in members
+        }
         loose = [group for group in self._groups if group not in full]
-        blocks = [(self._members(row), row) for row in self._rows if row.name]
+        blocks = list(caps)
         if problem.rows[0] in self._rows:
             blocks.append((loose, problem.rows[0]))
         for members, row in blocks:
-            if self._late() or not members:
+            if self._late() or not members or not within_range(members, row):
                 continue
             part = best_part(
                 problem,

@@ -1,0 +1,49 @@
+"""Rules that others use to choose ranks, each made to meet the budget, for comparison.
+
+| rule | what it looks at |
+|---|---|
+| `uniform` | nothing: the same rank everywhere |
+| `mlp_only` | the layers' names: the same rank in the MLP layers, none elsewhere |
+| `eva` | each layer's own shares of variance; one order over all layers, costs ignored |
+| `adalora` | an importance of every single rank; one threshold over all layers, costs ignored |
+| `gora` | an importance of every layer; its share of the budget, over the cost of a rank |
+| `square_root` | the same, under a square root |
+
+As published, only `gora` knows what a rank costs its budget, and none meets a budget exactly. Here
+each is followed as far as the budget (caps included) lets it: to the lowest threshold, or the
+largest scale, at which all its ranks fit. So all are compared at the same budget, and none is
+charged for a rank that it did not get. What is left over then is less than the rule's next step
+needs, and stays unspent, as the costs show; `fill=True` spends it on the rule's own next ranks,
+passing over those that do not fit.
+
+The ranks obey every limit of the problem: minimum ranks are given first, and a rank that is not
+allowed is rounded down to one that is (`square_root`: to the nearest). A tied group takes a
+further rank when the rule has given it to all of the group's layers.
+
+No rule proves anything. The certificate of what it returns carries the bound of the price, so its
+gap says at most how much the rule loses to the optimum; `compare` says it against the optimum.
+"""
+
+from lorambo_alloc.baselines.path import certified
+from lorambo_alloc.baselines.rules import (
+    MLP,
+    RULES,
+    adalora,
+    eva,
+    gora,
+    mlp_only,
+    square_root,
+    uniform,
+)
+
+__all__ = [
+    "MLP",
+    "RULES",
+    "adalora",
+    "certified",
+    "eva",
+    "gora",
+    "mlp_only",
+    "square_root",
+    "uniform",
+]
