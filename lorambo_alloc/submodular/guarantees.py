@@ -131,6 +131,7 @@ def _none(constraint: str, algorithm: str, objective: str, note: str) -> Guarant
 
 _UNBOUNDED = "can be arbitrarily bad: a tiny dense element may shut out one large enough for all"
 _NOT_SUBMODULAR = "no constant is claimed beyond a cardinality constraint; see the instance's bound"
+_ADDITION = "with the best single addition at every step; false of density greedy alone"
 _EPSILON = f"1 - 1/e - {LOCAL_SEARCH_EPSILON:g}; at an exchange-local optimum of the potential"
 
 GUARANTEES: tuple[Guarantee, ...] = (
@@ -177,8 +178,8 @@ GUARANTEES: tuple[Guarantee, ...] = (
     ),
     Guarantee(KNAPSACK, "density greedy or best single", SUBMODULAR, 0.405, _TANG),
     _none(KNAPSACK, "density greedy or best single", WEAKLY_SUBMODULAR, _NOT_SUBMODULAR),
-    Guarantee(KNAPSACK, "one guess", MODULAR, 0.6174, _GUESSES),
-    Guarantee(KNAPSACK, "one guess", SUBMODULAR, 0.6174, _GUESSES),
+    Guarantee(KNAPSACK, "one guess", MODULAR, 0.6174, _GUESSES, _ADDITION),
+    Guarantee(KNAPSACK, "one guess", SUBMODULAR, 0.6174, _GUESSES, _ADDITION),
     _none(KNAPSACK, "one guess", WEAKLY_SUBMODULAR, _NOT_SUBMODULAR),
     Guarantee(
         KNAPSACK,
