@@ -233,6 +233,10 @@ class Certificate:
                 int(window * SCALE),
                 effort,
             )
+        if found and given:  # what was found may break the constraints, which are not known here
+            raise CertificateError(
+                f"the charges do not prove the claimed bound {self.upper_bound!r}"
+            )
         if found:
             raise CertificateError(
                 f"a rank vector within the budget has a value above the claimed bound "
@@ -261,13 +265,11 @@ class Certificate:
             return (), 0.0
         if self.within:
             raise CertificateError("charges from constraints and searched caps do not go together")
-        match cast(object, self.side):  # it may come from a file
-            case (given, float(limit)) if isinstance(given, tuple) and math.isfinite(limit):
-                weights = cast(tuple[float, ...], given)
-                if len(weights) == len(problem.names) and all(map(_is_finite, weights)):
-                    return weights, limit
-            case _:
-                pass
+        pair = cast(tuple[object, ...], self.side)
+        if isinstance(self.side, tuple) and len(pair) == 2 and isinstance(pair[0], tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
+            weights = cast(tuple[float, ...], pair[0])
+            if len(weights) == len(problem.names) and all(map(_is_finite, (*weights, pair[1]))):
+                return weights, cast(float, pair[1])
         raise CertificateError("expected finite charges from constraints, one a layer")
 
     def _searched(self, problem: Problem) -> list[tuple[int, float]]:

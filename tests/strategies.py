@@ -11,11 +11,13 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from lorambo_alloc import GainCurves, log, schatten
+from lorambo_alloc import GainCurves, Problem, log, schatten
+from lorambo_alloc.caps import Cap
 from lorambo_alloc.testing import Instance
 
 SPECTRA = ("integers", "floats", "mixed scales", "huge", "tiny", "near ties")
 CURVES = ("integer increments", "descending increments", "float increments", "totals")
+GROUPS = ("nested", "crossing", "disjoint", "equal", "all")
 COSTS = ("equal", "few", "any", "common divisor", "around 1e9", "up to 2^53")
 
 
@@ -192,6 +194,92 @@ def instances(
     spent = sum(c * r + (f if r else 0) for c, r, f in zip(unit_costs, witness, fixed, strict=True))
     budget = spent + draw(st.integers(0, max(unit_costs) + max(fixed)))
     return Instance("drawn", values, budget, keywords)
+
+
+@st.composite
+def groups(draw: st.DrawFn, names: Sequence[str], kind: str | None = None) -> list[list[str]]:
+    """Groups of layers, nested or not; each has one layer or more."""
+    kind = kind or draw(st.sampled_from(GROUPS))
+    order = draw(st.permutations(names))
+    if kind == "all":
+        return [list(order)]
+    if kind == "equal":
+        return [list(order[: draw(st.integers(1, len(order)))])] * 2
+    if kind == "crossing":
+        some = st.lists(st.sampled_from(order), min_size=1, unique=True)
+        return draw(st.lists(some, min_size=1, max_size=4))
+    sizes = draw(st.lists(st.integers(1, len(order)), min_size=1, max_size=3))
+    if kind == "nested":
+        return [list(order[:size]) for size in sizes]
+    ends = sorted({min(sum(sizes[: n + 1]), len(order)) for n in range(len(sizes))})
+    return [list(order[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+@st.composite
+def caps(
+    draw: st.DrawFn, problem: Problem, kind: str | None = None, own_units: bool = True
+) -> dict[str, Cap]:
+    """Caps that the least ranks of a problem without caps satisfy.
+
+    Args:
+        draw: Hypothesis's.
+        problem: whose least ranks fit.
+        kind: one of `GROUPS`; None: any.
+        own_units: whether some caps have costs of their own.
+    """
+    own = problem.rows[0]
+    index = {name: i for i, name in enumerate(problem.names)}
+    drawn: dict[str, Cap] = {}
+    for n, members in enumerate(draw(groups(problem.names, kind))):
+        at = [index[name] for name in members]
+        unit, fixed = own.costs[at].tolist(), own.fixed_costs[at].tolist()
+        its_own = own_units and draw(st.booleans())
+        if its_own:
+            unit = draw(costs(len(at)))
+            once = st.lists(st.integers(0, 20), min_size=len(at), max_size=len(at))
+            fixed = draw(st.one_of(st.just([0] * len(at)), once))
+        least, most = (
+            sum(
+                c * r + (f if r else 0)
+                for c, r, f in zip(unit, ranks[at].tolist(), fixed, strict=True)
+            )
+            for ranks in (problem.lower, problem.upper)
+        )
+        budget = draw(st.integers(least, most))
+        drawn[f"cap{n}"] = Cap(members, budget, *((unit, fixed) if its_own else ()))
+    return drawn
+
+
+@st.composite
+def capped(
+    draw: st.DrawFn,
+    instance: st.SearchStrategy[Instance],
+    kind: str | None = None,
+    own_units: bool = True,
+) -> Instance:
+    """An instance with caps added."""
+    drawn = draw(instance)
+    keywords = {**drawn.keywords, "caps": draw(caps(drawn.problem(), kind, own_units))}
+    return Instance("drawn, with caps", drawn.spectra, drawn.budget, keywords)
+
+
+@st.composite
+def laminar(draw: st.DrawFn, layers: int = 5, ranks: int = 4) -> Instance:
+    """Nested or disjoint caps, equal costs within each, and single ranks of descending gain."""
+    drawn = draw(instances(concave=True, layers=layers, ranks=ranks))
+    names = drawn.problem().names
+    unit = draw(st.integers(1, 9))
+    keywords = {**drawn.keywords, "costs": [unit] * len(names)}
+    plain = Problem(drawn.spectra, 1 << 60, **keywords)
+    least, most = plain.cost_of(plain.lower), plain.cost_of(plain.upper)
+    budget = draw(st.integers(least, most + 1))
+    drawn_caps: dict[str, Cap] = {}
+    for n, members in enumerate(draw(groups(names, draw(st.sampled_from(["nested", "disjoint"]))))):
+        its_unit = draw(st.sampled_from([unit, 1, 7]))
+        at = [names.index(name) for name in members]
+        low, high = (its_unit * int(r[at].sum()) for r in (plain.lower, plain.upper))
+        drawn_caps[f"cap{n}"] = Cap(members, draw(st.integers(low, high + 1)), [its_unit] * len(at))
+    return Instance("laminar", drawn.spectra, budget, {**keywords, "caps": drawn_caps})
 
 
 @st.composite

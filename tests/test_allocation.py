@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 
 from lorambo_alloc import Allocation, GainCurves, Spectra, allocate, log, schatten, uniform_rank
+from lorambo_alloc.caps import Cap
 from lorambo_alloc.testing import Instance
 from tests.checks import check_answer
-from tests.strategies import examples, instances
+from tests.strategies import capped, examples, instances
 
 SPECTRA = {"q": [3.0, 2.0, 1.0], "v": [2.5, 0.5]}
 
@@ -287,3 +288,144 @@ class TestFiles:
         newer = tampered(tmp_path / "file.npz", **{"header.version": 2})
         with pytest.raises(ValueError, match="version 1 or older, got 2"):
             Allocation.load(newer)
+
+
+CAPPED = {"q": [3.0, 2.0, 1.0], "v": [2.5, 0.5], "o": [1.5, 1.0]}
+
+
+def capped_allocation(**caps) -> Allocation:
+    costs = {"q": 16, "v": 12, "o": 1500}
+    return allocate(CAPPED, 10_000, costs=costs, fixed_costs=[0, 0, 9], caps=caps)
+
+
+class TestCaps:
+    def test_costs_and_prices_by_name(self):
+        allocation = capped_allocation(
+            stage=(["q", "o"], 1600), device=Cap(["v", "q"], 5, [2, 3], [0, 2]), wide=(["q"], 999)
+        )
+        assert dict(allocation) == {"q": 1, "v": 0, "o": 1}
+        assert allocation.cap_costs == {"stage": 16 + 1500 + 9, "device": 5, "wide": 16}
+        assert list(allocation.cap_prices) == ["stage", "device", "wide"]
+        assert allocation.cap_prices["wide"] == 0.0
+        assert allocation.cap_prices["device"] > 0
+        assert tuple(allocation.cap_prices.values()) == allocation.certificate.cap_prices
+
+    def test_caps_without_a_price_are_free(self):
+        allocation = capped_allocation(wide=(["q"], 999))
+        assert allocation.certificate.cap_prices == ()
+        assert allocation.cap_prices == {"wide": 0.0}
+        plain = allocate(CAPPED, 3)
+        assert (plain.cap_prices, plain.cap_costs) == ({}, {})
+
+
+class TestCapsInTheTable:
+    def lines(self, allocation: Allocation) -> list[str]:
+        foot = table_of(allocation)[2].splitlines()
+        start = next(n for n, line in enumerate(foot) if line.startswith("cost ")) + 1
+        stop = next(n for n, line in enumerate(foot) if line.startswith("captured "))
+        return foot[start:stop]
+
+    def test_the_fullest_come_first(self):
+        allocation = capped_allocation(wide=(["q"], 200), stage=(["q", "o"], 1600), none=(["v"], 0))
+        assert dict(allocation) == {"q": 3, "v": 0, "o": 1}
+        assert self.lines(allocation) == [
+            "cap       none: 0 of 0 (100.00%)",
+            "cap       stage: 1,557 of 1,600 (97.31%)",
+            "cap       wide: 48 of 200 (24.00%)",
+        ]
+
+    def test_without_caps_nothing_is_said(self):
+        assert self.lines(allocate(CAPPED, 3)) == []
+
+    @pytest.mark.parametrize("count", [1, 8, 9, 40])
+    def test_only_some_of_many_are_shown(self, count):
+        caps = {f"cap{n}": (["q"], 100 - n) for n in range(count)}
+        lines = self.lines(allocate(CAPPED, 3, max_rank=1, caps=caps))
+        shown = lines[:8]
+        assert shown == [
+            f"cap       cap{n}: 1 of {100 - n} ({100 / (100 - n):.2f}%)"
+            for n in sorted(range(count), reverse=True)[:8]
+        ]
+        assert lines[8:] == ([f"          ... {count - 8} more"] if count > 8 else [])
+
+
+class TestCapsInFiles:
+    def same(self, a: Allocation, b: Allocation) -> None:
+        TestFiles().same(a, b)
+        assert a.cap_costs == b.cap_costs
+        assert a.cap_prices == b.cap_prices
+        for one, other in zip(a.problem.caps, b.problem.caps, strict=True):
+            assert (one.name, one.budget) == (other.name, other.budget)
+            assert one.costs.tolist() == other.costs.tolist()
+            assert one.fixed_costs.tolist() == other.fixed_costs.tolist()
+
+    @given(capped(instances(layers=4, ranks=3)))
+    @settings(max_examples=examples(0.5))
+    def test_round_trip(self, tmp_path_factory, instance: Instance):
+        path = tmp_path_factory.mktemp("caps") / "file.npz"
+        allocation = instance.allocate(time_limit=0.0)
+        allocation.save(path)
+        self.same(allocation, Allocation.load(path))
+
+    def test_searched_caps_and_a_ratio_survive(self, tmp_path):
+        allocation = capped_allocation(stage=(["q", "o"], 1600), device=Cap(["v"], 5, [2], [1]))
+        certificate = dataclasses.replace(
+            allocation.certificate,
+            within=(("stage", 0.1), ("device", 1 / 3)),
+            side=None,
+            ratio=1 / 3,
+            theorem="a theorem",
+        )
+        for own in (certificate, dataclasses.replace(certificate, side=((0.1, -0.2, 1 / 3), 0.7))):
+            told = Allocation(allocation.problem, allocation.ranks, own)
+            told.save(tmp_path / "file.npz")
+            assert Allocation.load(tmp_path / "file.npz").certificate == own
+
+    def test_a_budget_beyond_64_bits(self, tmp_path):
+        capped_allocation(stage=(["q", "o"], 10**40)).save(tmp_path / "file.npz")
+        assert Allocation.load(tmp_path / "file.npz").problem.caps[0].budget == 10**40
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            ({"header.caps": [["stage", 1600], ["stage", 5]]}, "the name of a cap appears twice"),
+            ({"header.caps": [["stage", 10], ["device", 5]]}, "cap 'stage': the ranks cost 1557"),
+            ({"header.caps": [["stage", -1], ["device", 5]]}, "cap 'stage': budget: expected"),
+            ({"header.caps": [["stage", 1600]]}, "zip"),
+            ({"header.caps": [["stage"], ["device", 5]]}, "unpack"),
+            ({"header.caps": [["", 1600], ["device", 5]]}, "names that are non-empty strings"),
+            ({"header.caps": None}, "caps"),
+            ({"cap_costs": None}, "cap_costs"),
+            ({"cap_fixed_costs": None}, "cap_fixed_costs"),
+            ({"cap_costs": np.array([[16, 0], [0, 2]])}, "cap 'stage': expected one cost a layer"),
+            ({"cap_costs": np.ones((2, 4), dtype=np.int64)}, "cap 'stage': expected one cost a"),
+            ({"cap_costs": np.array([16, 2])}, "cap 'stage': expected one cost a layer"),
+            (
+                {"cap_fixed_costs": np.array([[0, 0], [0, 0]])},
+                "cap 'stage': expected one cost a layer",
+            ),
+            ({"cap_costs": np.array([[16, 0, -1], [0, 2, 0]])}, "cap 'stage': costs: layer 'o'"),
+            ({"cap_costs": np.array([[0, 0, 0], [0, 2, 0]])}, "cap 'stage': expected one or more"),
+        ],
+    )
+    def test_loading_validates(self, tmp_path, tampered, change, expected):
+        allocation = capped_allocation(stage=(["q", "o"], 1600), device=Cap(["v"], 5, [2], [1]))
+        allocation.save(tmp_path / "file.npz")
+        self.same(allocation, Allocation.load(tampered(tmp_path / "file.npz")))
+        with pytest.raises(ValueError, match=f"tampered.npz: the file is damaged: .*{expected}"):
+            Allocation.load(tampered(tmp_path / "file.npz", **change))
+
+    def test_a_certificate_in_a_file_is_not_believed(self, tmp_path, tampered):
+        allocation = capped_allocation(stage=(["q", "o"], 1600), device=Cap(["v"], 5, [2], [1]))
+        allocation.save(tmp_path / "file.npz")
+        own = dataclasses.asdict(allocation.certificate)
+        for change, message in (
+            ({"within": [["nowhere", 0.0]]}, "expected a search within different caps"),
+            ({"within": 7}, "expected names of searched caps"),
+            ({"cap_prices": [1.0]}, "expected finite prices"),
+            ({"side": [[1.0], 0.0], "within": []}, "expected finite charges"),
+        ):
+            path = tampered(tmp_path / "file.npz", **{"header.certificate": {**own, **change}})
+            again = Allocation.load(path)
+            with pytest.raises(ValueError, match=message):
+                again.certificate.verify(again.problem, again.ranks)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from lorambo_alloc import Certificate, CertificateError, GainCurves, Problem, allocate, solve
 from lorambo_alloc.arithmetic import round_down, round_up
+from lorambo_alloc.caps import Cap
 from lorambo_alloc.certificate import MEANING, Status
 from lorambo_alloc.testing import Instance, brute_force, brute_force_bottleneck
 from tests.checks import all_feasible
-from tests.strategies import examples, instances
+from tests.strategies import capped, examples, instances, seeds
 
 THIRD = Fraction(1, 3)
 
@@ -410,3 +411,325 @@ class TestCut:
             assert problem.value_of(worse) < optimum
             with pytest.raises(CertificateError, match="above the claimed bound"):
                 claim.verify(problem, worse)
+
+
+@given(capped(instances(layers=3, ranks=3)), st.data())
+@settings(max_examples=examples(1))
+def test_only_the_best_ranks_pass_as_optimal_under_caps(instance: Instance, data):
+    problem = instance.problem()
+    optimum = brute_force(problem)[0]
+    own = solve(problem).certificate
+    factors = st.lists(st.floats(0.0, 3.0), min_size=len(problem.rows), max_size=len(problem.rows))
+    prices = [
+        p * f
+        for p, f in zip(
+            (own.price, *(own.cap_prices or (0.0,) * len(problem.caps))),
+            data.draw(factors),
+            strict=True,
+        )
+    ]
+    for ranks in all_feasible(problem):
+        claim = dataclasses.replace(
+            optimal_claim(problem, ranks, prices[0]), cap_prices=tuple(prices[1:])
+        )
+        if problem.value_of(ranks) == optimum:
+            assert claim.verify(problem, ranks).proof in ("price", "exchange", "search")
+        else:
+            with pytest.raises(CertificateError, match="above the claimed bound"):
+                claim.verify(problem, ranks)
+
+
+@given(capped(instances(layers=4, ranks=3), "disjoint"), seeds())
+@settings(max_examples=examples(3))
+def test_no_search_within_caps_proves_a_bound_that_does_not_hold(instance: Instance, seed: int):
+    problem = instance.problem()
+    rng = np.random.default_rng(seed)
+    feasible = list(all_feasible(problem))
+    ranks = feasible[rng.integers(len(feasible))]
+    value, optimum = problem.value_of(ranks), brute_force(problem)[0]
+    own = solve(problem).certificate
+    prices = np.array([own.price, *(own.cap_prices or (0.0,) * len(problem.caps))])
+    prices *= rng.choice([0.0, 0.5, 1.0, 1.0, 1.5], len(prices))
+    scale = max(float(optimum - value), 1e-300)
+    within = tuple(
+        (row.name, float(rng.choice([0.0, 0.5, 1.0]) * scale))
+        for row in problem.caps
+        if rng.random() < 0.8
+    )
+    bound = max(round_up(value), round_up(optimum - Fraction(scale * rng.choice([0.0, 1e-9, 0.5]))))
+    claim = Certificate(
+        "gap_certified",
+        round_down(value),
+        bound,
+        round_up(Fraction(bound) - value),
+        float(prices[0]),
+        "claim",
+        cap_prices=tuple(prices[1:].tolist()),
+        within=within,
+    )
+    if Fraction(bound) < optimum:
+        with pytest.raises(CertificateError):
+            claim.verify(problem, ranks)
+        return
+    if not within:
+        assert claim.verify(problem, ranks).complete
+
+
+# One cap has room for two ranks of a, or of b, or one of each; the other for c or d.
+CAPPED = GainCurves.from_increments({"a": [6.0, 6.0], "b": [5.0, 5.0], "c": [4.0], "d": [3.5]})
+
+
+def capped_problem(budget: int = 99) -> Problem:
+    caps = {"ab": Cap(["a", "b"], 14, [6, 5]), "cd": Cap(["c", "d"], 7, [4, 5])}
+    return Problem(CAPPED, budget, caps=caps)
+
+
+class TestWithin:
+    ranks = np.array([2, 0, 1, 0])
+
+    def claim(self, upper=16.0, within=(("ab", 0.0), ("cd", 0.0)), **change: Any) -> Certificate:
+        return Certificate(
+            "optimal_exact" if upper == 16.0 else "gap_certified",
+            16.0,
+            upper,
+            upper - 16.0,
+            change.pop("price", 0.0),
+            "by hand",
+            cap_prices=change.pop("cap_prices", (1.0, 1.0)),
+            within=within,
+            **change,
+        )
+
+    def test_searches_prove_what_prices_do_not(self):
+        problem = capped_problem()
+        assert brute_force(problem)[0] == 16
+        verification = self.claim().verify(problem, self.ranks)
+        assert (verification.proof, verification.value) == ("search", 16)
+        assert verification.price_bound == 14 + 7
+        # Without a search nothing at all is cut off at a price of 1 in both caps.
+        assert self.claim(upper=21.0, within=()).verify(problem, self.ranks).proof == "price"
+
+    def test_what_searches_leave_open_is_part_of_the_gap(self):
+        problem = capped_problem()
+        for slack, fine in ((0.0, True), (0.5, True), (np.nextafter(0.5, 1.0), False)):
+            claim = self.claim(upper=16.5, within=(("ab", float(slack)), ("cd", 0.0)))
+            if fine:
+                assert claim.verify(problem, self.ranks).proof == "search"
+            else:
+                with pytest.raises(CertificateError, match=r"prove a gap of 0\.5.*, more than the"):
+                    claim.verify(problem, self.ranks)
+
+    def test_a_search_finds_what_a_slack_does_not_cover(self):
+        # One of each gains 11 in the cap, two of a 12.
+        problem = capped_problem()
+        ranks = np.array([1, 1, 1, 0])
+        for slack, fine in ((1.0, True), (np.nextafter(1.0, 0.0), False)):
+            claim = Certificate(
+                "gap_certified",
+                15.0,
+                16.0,
+                1.0,
+                0.0,
+                "",
+                cap_prices=(1.0, 1.0),
+                within=(("ab", float(slack)), ("cd", 0.0)),
+            )
+            if fine:
+                assert claim.verify(problem, ranks).proof == "search"
+            else:
+                with pytest.raises(CertificateError, match=r"above the claimed bound 16\.0"):
+                    claim.verify(problem, ranks)
+
+    def test_what_is_outside_is_priced(self):
+        # At a price of 1 a rank of the budget, a unit that is left over costs 1.
+        problem = capped_problem(4)
+        claim = self.claim(price=1.0)
+        with pytest.raises(
+            CertificateError, match=r"prove a gap of 1\.0, more than the certificate"
+        ):
+            claim.verify(problem, self.ranks)
+        claim = self.claim(price=1.0, upper=17.0)
+        assert claim.verify(problem, self.ranks).proof == "search"
+        # Not searched, the other cap leaves 3 units at 0.5, and d at 3.5 - 2.5 out.
+        for gap, fine in ((2.5, True), (2.25, False)):
+            claim = self.claim(cap_prices=(1.0, 0.5), upper=16.0 + gap, within=(("ab", 0.0),))
+            if fine:
+                assert claim.verify(problem, self.ranks).proof == "search"
+            else:
+                with pytest.raises(CertificateError, match=r"prove a gap of 2\.5, more than the"):
+                    claim.verify(problem, self.ranks)
+
+    def test_a_search_that_is_cut_short_says_so(self):
+        verification = self.claim().verify(capped_problem(), self.ranks, effort=0)
+        assert (verification.proof, verification.complete) == ("unfinished", False)
+
+    @pytest.mark.parametrize(
+        "within",
+        [
+            (("zz", 0.0),),
+            (("", 0.0),),
+            (("ab", 0.0), ("ab", 0.0)),
+            (("ab", -1.0),),
+            (("ab", math.nan),),
+            (("ab", math.inf),),
+            (("ab", 0),),
+            (("ab", "0"),),
+            (("ab",),),
+            (("ab", 0.0, 0.0),),
+            ((3, 0.0),),
+            ("ab",),
+            (7,),
+        ],
+    )
+    def test_searches_that_are_none_are_refused(self, within):
+        message = "expected a search within different caps, got "
+        with pytest.raises(CertificateError, match=message):
+            self.claim(within=within).verify(capped_problem(), self.ranks)
+        # Whether or not they are needed.
+        with pytest.raises(CertificateError, match=message):
+            self.claim(upper=99.0, within=within).verify(capped_problem(), self.ranks)
+
+    @pytest.mark.parametrize("within", [None, 3, "ab", [("ab", 0.0)]])
+    def test_no_list_of_searches(self, within):
+        with pytest.raises(CertificateError, match="expected names of searched caps, got"):
+            self.claim(within=within).verify(capped_problem(), self.ranks)
+
+    def test_caps_that_share_layers_are_not_searched_together(self):
+        caps = {"ab": Cap(["a", "b"], 14, [6, 5]), "bc": Cap(["b", "c"], 5, [4, 5])}
+        problem = Problem(CAPPED, 3, caps=caps)
+        within = (("ab", 0.0), ("bc", 0.0))
+        with pytest.raises(CertificateError, match=r"^cap 'bc': searched caps share layers$"):
+            self.claim(within=within).verify(problem, self.ranks)
+
+    def test_tied_layers_join_caps(self):
+        caps = {"ab": Cap(["a", "b"], 14, [6, 5]), "cd": Cap(["c", "d"], 7, [4, 5])}
+        curves = GainCurves.from_increments({"a": [6.0], "b": [5.0], "c": [4.0], "d": [3.5]})
+        problem = Problem(curves, 3, caps=caps, tied=[["b", "c"]])
+        claim = Certificate(
+            "gap_certified",
+            15.0,
+            15.5,
+            0.5,
+            0.0,
+            "",
+            cap_prices=(0.5, 0.5),
+            within=(("ab", 0.0), ("cd", 0.0)),
+        )
+        with pytest.raises(CertificateError, match="share layers"):
+            claim.verify(problem, np.array([1, 1, 1, 0]))
+
+
+class TestCapPrices:
+    @pytest.mark.parametrize(
+        "prices",
+        [(1.0,), (1.0, 1.0, 1.0), (1.0, -5e-324), (1.0, math.nan), (math.inf, 1.0), (1.0, "1"), 7],
+    )
+    def test_prices_that_are_none_are_refused(self, prices):
+        claim = dataclasses.replace(TestWithin().claim(), cap_prices=prices)
+        with pytest.raises(CertificateError, match="expected finite prices >= 0"):
+            claim.verify(capped_problem(), TestWithin.ranks)
+
+    def test_prices_of_caps_that_the_problem_does_not_have(self):
+        allocation = allocate({"a": [2.0]}, 1)
+        forged = dataclasses.replace(allocation.certificate, cap_prices=(0.0,))
+        with pytest.raises(CertificateError, match="expected finite prices"):
+            forged.verify(allocation.problem, allocation.ranks)
+
+    def test_without_any_they_are_0(self):
+        problem = capped_problem(3)
+        claim = TestWithin().claim(upper=30.0, cap_prices=(), within=())
+        verification = claim.verify(problem, TestWithin.ranks)
+        assert (verification.proof, verification.price_bound) == ("price", 6 + 6 + 5 + 5 + 4 + 3.5)
+
+    def test_every_row_is_charged(self):
+        problem = capped_problem(3)
+        claim = TestWithin().claim(upper=60.0, cap_prices=(0.5, 0.25), price=0.125, within=())
+        gains = 2 * (6 - 3 - 0.125) + 2 * (5 - 2.5 - 0.125) + 4 - 1 - 0.125 + 3.5 - 1.25 - 0.125
+        bound = gains + 0.5 * 14 + 0.25 * 7 + 0.125 * 3
+        assert claim.verify(problem, TestWithin.ranks).price_bound == bound
+
+    def test_another_budget_of_a_cap(self):
+        problem = capped_problem()
+        wider = Problem(
+            CAPPED, 4, caps={"ab": Cap(["a", "b"], 18, [6, 5]), "cd": Cap(["c", "d"], 9, [4, 5])}
+        )
+        with pytest.raises(CertificateError, match="above the claimed bound"):
+            TestWithin().claim().verify(wider, TestWithin.ranks)
+        with pytest.raises(CertificateError, match=r"^cap 'cd': the ranks cost 9, more than the"):
+            TestWithin().claim().verify(problem, np.array([1, 0, 1, 1]))
+
+
+class TestSide:
+    problem = Problem({"a": [3.0, 2.0], "b": [2.0]}, 2)
+
+    def claim(self, side: Any, **change: Any) -> Certificate:
+        claim = Certificate("gap_certified", 9.0, 30.0, 21.0, 1.0, "", side=side)
+        return dataclasses.replace(claim, **change)
+
+    def test_charges_enter_the_bound(self):
+        side = ((1.0, -2.0), 3.0)
+        verification = self.claim(side).verify(self.problem, np.array([1, 0]))
+        assert verification.price_bound == (9 - 2) + (4 - 2) + (4 + 1) + 2 * 1 + 3
+        assert verification.proof == "price"
+
+    def test_what_rests_on_constraints_is_not_complete(self):
+        """The problem does not know them: forged charges prove any bound, and are seen as such."""
+        forged = Certificate("optimal_exact", 4.0, 4.0, 0.0, 0.0, "", side=((100.0, 100.0), 0.0))
+        verification = forged.verify(self.problem, np.array([0, 1]))
+        assert verification.given_constraints
+        assert not verification.complete
+        # A search with the charges rests on them too.
+        claim = self.claim(((0.0, 0.0), 0.0), upper_bound=13.0, gap=4.0)
+        searched = claim.verify(self.problem, np.array([1, 0]))
+        assert (searched.proof, searched.complete) == ("search", False)
+        loose = self.claim(((0.0, 0.0), 5.0), upper_bound=13.0, gap=4.0)
+        with pytest.raises(CertificateError, match=r"charges do not prove the claimed bound 13\.0"):
+            loose.verify(self.problem, np.array([1, 0]))
+        # No exchange improves on the best ranks, with constraints or without.
+        best = Certificate("optimal_exact", 13.0, 13.0, 0.0, 0.0, "", side=((0.0, 0.0), 5.0))
+        verification = best.verify(self.problem, np.array([2, 0]))
+        assert (verification.proof, verification.complete) == ("exchange", True)
+
+    @pytest.mark.parametrize(
+        "side",
+        [
+            ((1.0,), 3.0),
+            ((1.0, 2.0, 3.0), 3.0),
+            ((1.0, math.nan), 3.0),
+            ((1.0, math.inf), 3.0),
+            ((1.0, "2"), 3.0),
+            ((1.0, 2.0), math.nan),
+            ((1.0, 2.0), "3"),
+            ((1.0, 2.0),),
+            (1.0, 2.0),
+            7,
+        ],
+    )
+    def test_charges_that_are_none_are_refused(self, side):
+        with pytest.raises(CertificateError, match="expected finite charges from constraints"):
+            self.claim(side).verify(self.problem, np.array([1, 0]))
+
+    def test_not_together_with_searches(self):
+        problem = capped_problem()
+        claim = TestWithin().claim(side=((0.0,) * 4, 0.0))
+        with pytest.raises(CertificateError, match="do not go together"):
+            claim.verify(problem, TestWithin.ranks)
+
+
+class TestRatio:
+    @pytest.mark.parametrize(
+        ("ratio", "fine"),
+        [
+            (0.5, True),
+            (0.75, True),
+            *((r, False) for r in (np.nextafter(0.75, 1.0), math.nan, -1.0, math.inf, "0.5", None)),
+        ],
+    )
+    def test_a_share_that_is_not_proved_is_refused(self, ratio, fine):
+        problem = Problem(GainCurves.from_increments({"a": [9.0], "b": [3.0]}), 2)
+        claim = Certificate("ratio_certified", 9.0, 12.0, 3.0, 0.0, "greedy", ratio=ratio)
+        if fine:
+            assert claim.verify(problem, np.array([1, 0])).proof == "price"
+        else:
+            with pytest.raises(CertificateError, match="is not proved to be"):
+                claim.verify(problem, np.array([1, 0]))

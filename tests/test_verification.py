@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorambo_alloc import GainCurves, Problem
+from lorambo_alloc.caps import Cap
 from lorambo_alloc.testing import Instance
 from lorambo_alloc.verification import (
     SCALE,
@@ -16,12 +17,13 @@ from lorambo_alloc.verification import (
     better_exists,
     exact_totals,
     integer,
+    lefts_and_prices,
     responses,
     two_price_bound,
     value_step,
 )
 from tests.checks import all_feasible
-from tests.strategies import core_classes, examples, instances
+from tests.strategies import capped, core_classes, examples, instances
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -228,3 +230,151 @@ def test_the_number_of_ranks_in_the_bound_of_two_prices(drawn, budget, waste):
 )
 def test_values_are_multiples_of_a_step(gains, step):
     assert value_step(Problem(GainCurves.from_increments(gains), 9)) == step
+
+
+rows_of_classes = st.integers(1, 3).flatmap(
+    lambda rows: st.tuples(
+        st.lists(
+            st.lists(
+                st.tuples(
+                    st.lists(st.integers(-6, 8), min_size=rows, max_size=rows).map(tuple),
+                    st.integers(0, 30),
+                ),
+                min_size=1,
+                max_size=3,
+            ),
+            max_size=4,
+        ),
+        st.lists(st.integers(-10, 16), min_size=rows, max_size=rows).map(tuple),
+        st.lists(st.integers(0, 4), min_size=rows, max_size=rows).map(tuple),
+    )
+)
+
+
+def brute_rows(classes, left, prices, window) -> bool:
+    stay = (0,) * len(left)
+    for choice in product(*([(stay, 0), *options] for options in classes)):
+        rest = [own - sum(change[k] for change, _ in choice) for k, own in enumerate(left)]
+        loss = sum(p for _, p in choice) + sum(p * r for p, r in zip(prices, rest, strict=True))
+        if min(rest) >= 0 and loss < window:
+            return True
+    return False
+
+
+@given(rows_of_classes, st.integers(0, 80), st.sampled_from([1, 1, 3]))
+@settings(max_examples=examples(10))
+def test_a_better_choice_under_several_budgets(drawn, window, factor):
+    classes, left, prices = drawn
+    # A common factor of all changes leaves some of each budget unspent.
+    classes = [
+        [
+            (tuple(factor * c for c in change), p)
+            for change, p in options
+            if any(change) and p < window
+        ]
+        for options in classes
+    ]
+    classes = [options for options in classes if options]
+    expected = brute_rows(classes, left, prices, window)
+    assert better_exists(classes, left, prices, window, 10**6) == expected
+    assert better_exists(classes, left, prices, window, 5) in (None, expected)
+
+
+@pytest.mark.parametrize(
+    ("left", "window", "expected"),
+    [
+        ((2, 5), 7, False),  # staying leaves 2, and 5 that nothing is ever spent on
+        ((2, 5), 8, True),
+        ((2, 0), 3, True),  # staying leaves 2
+        ((2, 0), 2, False),
+        ((2, -1), 99, False),
+        ((1, 0), 2, True),
+        ((1, 0), 1, False),
+    ],
+)
+def test_a_budget_that_no_deviation_changes(left, window, expected):
+    classes = [[((2, 0), 3)]]
+    assert brute_rows(classes, left, (1, 1), window) is expected
+    assert better_exists(classes, left, (1, 1), window, 10**6) is expected
+
+
+def test_no_deviations_at_all():
+    assert better_exists([], (3, 2), (1, 2), 8, 10**6) is True
+    assert better_exists([], (3, 2), (1, 2), 7, 10**6) is False
+    assert better_exists([], (-1, 2), (1, 2), 99, 10**6) is False
+
+
+@given(capped(instances(layers=3, ranks=3)), st.data())
+@settings(max_examples=examples(1))
+def test_responses_to_several_prices(instance: Instance, data):
+    problem = instance.problem()
+    n = len(problem.rows)
+    drawn = data.draw(st.lists(prices, min_size=n, max_size=n))
+    weight = st.floats(-3.0, 3.0)
+    weights = data.draw(
+        st.one_of(
+            st.just([]), st.lists(weight, min_size=len(problem.names), max_size=len(problem.names))
+        )
+    )
+    rank_price = data.draw(st.sampled_from([0.0, 0.5, -0.25]))
+    charges = Charges.of(problem, drawn, rank_price, weights)
+    best_of_all = Fraction(0)
+    for response in responses(problem, problem.lower, charges):
+        scored: dict[int, Fraction] = {}
+        for rank in problem.allowed_ranks(response.group[0]).tolist():
+            ranks = np.zeros(len(problem.names), dtype=np.int64)
+            ranks[list(response.group)] = rank
+            charge = sum(
+                (
+                    Fraction(p) * row.cost_of(ranks)
+                    for p, row in zip(drawn, problem.rows, strict=True)
+                ),
+                Fraction(rank_price) * rank * len(response.group),
+            )
+            for i in response.group if weights else ():
+                charge += Fraction(weights[i]) * rank
+            scored[rank] = problem.value_of(ranks) - charge
+            assert Fraction(charges.at(response.group, rank), SCALE) == charge
+        beside = problem.lower.copy()
+        fitting: dict[int, Fraction] = {}
+        for rank, score in scored.items():
+            beside[list(response.group)] = rank
+            if problem.fits(beside):
+                fitting[rank] = score
+        best = max(fitting.values())
+        assert Fraction(response.best, SCALE) == best
+        assert fitting[response.best_rank] == best
+        mine = int(problem.lower[response.group[0]])
+        assert Fraction(response.score, SCALE) == scored[mine]
+        best_of_all += best
+    assert best_of_all >= max(
+        problem.value_of(ranks)
+        - sum(
+            (Fraction(p) * row.cost_of(ranks) for p, row in zip(drawn, problem.rows, strict=True)),
+            Fraction(rank_price) * int(ranks.sum()),
+        )
+        - sum((Fraction(w) * int(r) for w, r in zip(weights, ranks, strict=False)), Fraction(0))
+        for ranks in all_feasible(problem)
+    )
+
+
+def test_moves_and_what_is_left_by_row():
+    curves = GainCurves.from_increments({"a": [4.0, 3.0], "b": [2.0]})
+    caps = {"x": Cap(["a"], 9, [4], [1])}
+    problem = Problem(curves, 20, costs=[2, 3], fixed_costs=[5, 0], caps=caps)
+    answers = list(responses(problem, problem.lower, Charges.of(problem, [0.25, 0.5])))
+    assert [r.best_rank for r in answers] == [2, 1]
+    lefts, units = lefts_and_prices(problem.rows, (0.25, 0.5), answers)
+    assert lefts == (20 - 9 - 3, 9 - 9)
+    assert units == (SCALE // 4, SCALE // 2)
+    # Rank 1 of a costs 2 and 4 less and loses 3 less 0.5 and 2; rank 0 7 and 4 + 1 + 4 less.
+    moves = answers[0].moves(problem.rows, Fraction(99))
+    assert [change for change, _ in moves] == [(-9, -9), (-2, -4)]
+    assert dict(moves)[(-2, -4)] == SCALE // 2
+    assert dict(moves)[(-9, -9)] == SCALE * 7 - SCALE * 9 // 4 - SCALE * 9 // 2
+    assert answers[0].moves(problem.rows[1:], Fraction(99)) == [
+        ((-9,), dict(moves)[(-9, -9)]),
+        ((-4,), SCALE // 2),
+    ]
+    # b is not in the cap: none of its ranks changes that row.
+    assert answers[1].moves(problem.rows[1:], Fraction(99)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ def dual_prices(problem: Problem, rows: Sequence[Row], time_limit: float | None)
     Args:
         problem: any problem with gains.
         rows: the budgets to price.
-        time_limit: seconds for HiGHS, or None.
+        time_limit: seconds for HiGHS, in all its calls together, or None.
 
     References:
         Sinha and Zoltners 1979: the relaxation of a multiple choice takes steps along hulls.
@@ -59,7 +60,7 @@ def dual_prices(problem: Problem, rows: Sequence[Row], time_limit: float | None)
         scaled_costs(problem, rows, hulls, left),
         np.array([float(budget > 0) for budget in left]),
         hulls.variables,
-        time_limit,
+        None if time_limit is None else time.monotonic() + time_limit,
     )
     duals, shares = program.solve() if steps <= _LARGE else program.solve_near(program.coarse())
     prices = [float(dual) * scale / max(b, 1) for dual, b in zip(duals, left, strict=True)]
@@ -74,7 +75,7 @@ class _Program:
         costs: sparse, one row a budget, one column a step.
         budgets: one a row.
         variables: one a step, ascending.
-        time_limit: seconds for each call of HiGHS, or None.
+        deadline: `time.monotonic()` value at which HiGHS is to stop, or None.
     """
 
     def __init__(
@@ -83,12 +84,12 @@ class _Program:
         costs: Any,
         budgets: FloatArray,
         variables: IntArray,
-        time_limit: float | None,
+        deadline: float | None,
     ) -> None:
         self._gains = gains
         self._costs = costs.tocsc()
         self._budgets = budgets
-        self._time_limit = time_limit
+        self._deadline = deadline
         first = np.flatnonzero(np.diff(variables, prepend=-1))
         self._first = np.repeat(first, np.diff(np.append(first, len(variables))))
         self._position = np.arange(len(variables)) - self._first
@@ -111,8 +112,10 @@ class _Program:
     def solve_near(self, taken: IntArray) -> tuple[FloatArray, FloatArray]:
         """As `solve`, with single steps near those counts; the others stay as they are there."""
         low, high = taken - _BLOCK, taken + _BLOCK
-        result = self._nothing()
+        result: tuple[FloatArray, FloatArray] | None = None
         for _ in range(_MOST_WINDOWS):
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                break
             near = (low <= self._position) & (self._position <= high)
             fixed = self._position < low
             spent = np.asarray(self._costs[:, fixed].sum(axis=1)).ravel()
@@ -128,7 +131,7 @@ class _Program:
             if np.all((low <= wanted) & (wanted <= high)):
                 break
             low, high = np.minimum(low, wanted - _BLOCK), np.maximum(high, wanted + _BLOCK)
-        return result
+        return result or self.solve()
 
     def _by_block(self, starts: IntArray) -> Any:
         """The columns of each block, summed up."""
@@ -158,7 +161,9 @@ class _Program:
         from scipy.optimize import linprog
 
         solve: Any = linprog
-        options = {} if self._time_limit is None else {"time_limit": max(self._time_limit, 0.01)}
+        options: dict[str, float] = {}
+        if self._deadline is not None:
+            options["time_limit"] = max(self._deadline - time.monotonic(), 0.01)
         result = solve(
             -gains, A_ub=costs, b_ub=budgets, bounds=(0.0, 1.0), method="highs", options=options
         )

@@ -32,7 +32,8 @@ class Filling:
         for v, group in enumerate(self._groups):
             variable_of[list(group)] = v
         for k, row in enumerate(rows):
-            for v in sorted(set(variable_of[row.layers].tolist())):
+            charged: list[int] = np.unique(variable_of[row.layers]).tolist()
+            for v in charged:
                 self._rows_of[v].append(k)
         # A row without a price still counts a little, so that free steps prefer cheap layers.
         dearest = max((p * max(r.budget, 1) for p, r in zip(prices, rows, strict=True)), default=0)

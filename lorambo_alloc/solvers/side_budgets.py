@@ -260,7 +260,7 @@ class SideSearch:
             Fraction(0) if self._closed else gap,
             bound.prices[0],
             method,
-            closed=True,
+            closed=not self._late(),
             cap_prices=bound.prices[1:],
             within=() if self._closed else within,
         )
