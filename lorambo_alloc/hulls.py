@@ -42,11 +42,14 @@ def concave_hulls(problem: Problem) -> Hulls:
     """All steps of all variables' hulls, those that lose included.
 
     Single ranks of descending gain are their own hull. Elsewhere the hull is that of the options'
-    values over their costs in the problem's budget, from the least rank on.
+    values over their costs in the problem's budget, from the least rank on. Options that alone
+    break the budget are left out.
     """
     if problem.concave_unit_steps:
         assert problem.gains is not None
-        rows, ranks, gains = problem.gains.selected(problem.lower, problem.upper)
+        left = problem.spendable - problem.cost_of(problem.lower)
+        upper = np.minimum(problem.upper, problem.lower + left // problem.costs)
+        rows, ranks, gains = problem.gains.selected(problem.lower, upper)
         return Hulls(rows, ranks - 1, ranks, gains, 0.0)
     table = option_table(problem)
     sizes = np.diff(table.offsets)

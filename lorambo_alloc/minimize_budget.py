@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
 from lorambo_alloc.allocation import Allocation
 from lorambo_alloc.caps import Caps
-from lorambo_alloc.certificate import Verification
+from lorambo_alloc.certificate import Certificate, Verification
 from lorambo_alloc.costs import PerLayer
 from lorambo_alloc.hulls import concave_hulls
 from lorambo_alloc.limits import AllowedRanks, Limit
@@ -29,6 +29,8 @@ from lorambo_alloc.verification import (
     lefts_and_prices,
     responses,
 )
+
+_Status: TypeAlias = Literal["optimal_exact", "gap_certified"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class BudgetCertificate:
         cap_prices: gain per unit of each cap.
     """
 
-    status: Literal["optimal_exact", "gap_certified"]
+    status: _Status
     target: Fraction
     value: Fraction
     cost: int
@@ -81,9 +83,12 @@ class BudgetCertificate:
                 f"the ranks cost {cost} and have value {float(value)!r}; the certificate claims "
                 f"{self.cost} and {float(self.value)!r}, for a target of {float(self.target)!r}"
             )
-        if self.status == "optimal_exact" and self.lower_bound != self.cost:
+        if self.status not in get_args(_Status):
+            raise CertificateError(f"unknown status {self.status!r}")
+        if self.lower_bound > cost or (self.status == "optimal_exact" and self.lower_bound < cost):
             raise CertificateError(
-                f"an optimal cost {self.cost} needs the same lower bound, got {self.lower_bound}"
+                f"expected a lower bound up to the cost {cost}, equal to it if that is optimal, "
+                f"got {self.lower_bound}"
             )
         if self.lower_bound <= problem.cost_of(problem.lower):
             return Verification(value, value, "price")
@@ -191,7 +196,8 @@ def minimize_budget(
     Args:
         spectra: as `allocate` takes it, and so are all limits.
         target: the share of the attainable gain to capture, from 0 to 1; attainable is what the
-            limits (and caps) allow at any budget.
+            limits (and caps) allow at any budget; where caps and a time limit leave that open, the
+            greatest that was found.
         value: instead of a share, the value to reach, in units of gain.
         shapes: name to (d, k); a rank costs d + k parameters.
         costs: name to the cost of one rank, whole numbers >= 1.
@@ -210,7 +216,8 @@ def minimize_budget(
         A `CheapestRanks`: a mapping of layer name to rank, with its certificate.
 
     Raises:
-        ValueError: an argument is not of its form, or no ranks reach the value.
+        ValueError: an argument is not of its form, no ranks reach the value (or none were found,
+            where caps leave open whether any do), or the greatest ranks cost 2^62 or more.
 
     References:
         Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, section 13.3.3 (the minimisation
@@ -239,6 +246,11 @@ def minimize_budget(
     )
     if problem.objective.kind == "operator":
         raise ValueError("objective: minimize_budget needs gains that add up; 'operator' has none")
+    if problem.cost_of(problem.upper) >= 1 << 62:
+        raise ValueError(
+            "costs: expected greatest ranks that cost less than 2^62 together, got "
+            f"{problem.cost_of(problem.upper)}; divide by a common factor or limit the ranks"
+        )
     deadline = None if time_limit is None else time.monotonic() + real_number(time_limit)
     best = solve(problem, time_limit=time_limit)
     wanted = _wanted(problem, best, target, value)
@@ -262,9 +274,13 @@ def _wanted(problem: Problem, best: Allocation, target: float, value: float | No
     if not math.isfinite(wanted):
         raise ValueError(f"value: expected a finite number, got {value!r}")
     if Fraction(wanted) > attainable:
-        raise ValueError(
-            f"value: expected at most {float(attainable)!r}, what the limits allow, got {value!r}"
-        )
+        most = best.certificate.upper_bound if best.certificate.gap else best.value
+        if wanted <= most and best.certificate.gap:
+            raise ValueError(
+                f"value: no ranks of {value!r} were found; the best that were have {best.value!r}, "
+                f"and the limits allow {most!r} at most"
+            )
+        raise ValueError(f"value: expected at most {most!r}, what the limits allow, got {value!r}")
     return Fraction(wanted)
 
 
@@ -334,7 +350,7 @@ class _Bracket:
             ranks[list(members[hulls.variables[n]])] = hulls.high[n]
         # Caps may forbid these ranks, and rounding may leave them a trifle short.
         if problem.fits(ranks) and problem.value_of(ranks) >= self._wanted:
-            self._best = solve(problem.with_budget(problem.cost_of(ranks)))
+            self._best = self._best_beside(ranks)
         if price > 0:
             self._prices = (price, *(0.0 for _ in problem.caps))
             self.low = max(self.low, self._least_cost(price))
@@ -348,24 +364,38 @@ class _Bracket:
         least = problem.cost_of(problem.lower)
         return least + max(-(-(cost - least) // self._step), 0) * self._step
 
+    def _best_beside(self, ranks: IntArray) -> Allocation:
+        """The best ranks at what these cost; these themselves where the time was too short."""
+        problem = self._problem.with_budget(self._problem.cost_of(ranks))
+        best = solve(problem, time_limit=self._left())
+        if problem.value_of(best.ranks) >= self._wanted:
+            return best
+        own = best.certificate
+        prices = (own.price, *(own.cap_prices or (0.0,) * len(problem.caps)))
+        answers = responses(problem, ranks, Charges.of(problem, prices))
+        units = sum(response.best - response.value for response in answers)
+        for price, row in zip(prices, problem.rows, strict=True):
+            units += integer(price) * row.budget
+        value, gap = problem.value_of(ranks), Fraction(units, SCALE)
+        stated = Certificate.of(
+            value, gap, own.price, own.method, closed=False, cap_prices=own.cap_prices
+        )
+        return Allocation(problem, ranks, stated)
+
     def _result(self) -> CheapestRanks:
         problem, best = self._problem, self._best
         if best.budget != best.cost:
-            best = solve(problem.with_budget(best.cost), time_limit=self._left())
-            if problem.value_of(best.ranks) < self._wanted:
-                best = Allocation(best.problem, self._best.ranks, best.certificate)
+            best = self._best_beside(best.ranks)
         certificate = BudgetCertificate(
             "optimal_exact" if self.low >= best.cost else "gap_certified",
             self._wanted,
             problem.value_of(best.ranks),
             best.cost,
             min(self.low, best.cost),
-            *self._stated_prices(),
+            self._prices[0],
+            self._prices[1:],
         )
         return CheapestRanks(best, certificate)
-
-    def _stated_prices(self) -> tuple[float, tuple[float, ...]]:
-        return self._prices[0], self._prices[1:]
 
     def _left(self) -> float | None:
         return None if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)

@@ -166,3 +166,32 @@ def test_the_bound_is_never_a_negative_zero(budget):
         certificate = allocate(spectra, budget, **keywords).certificate
         for figure in (certificate.upper_bound, certificate.value, certificate.gap):
             assert figure != 0 or np.copysign(1.0, figure) == 1.0
+
+
+def test_caps_and_constraints_reach_the_solver():
+    allocation = allocate(SPECTRA, 4, caps={"x": (["q"], 1)}, method="greedy")
+    assert allocation.ranks.tolist() == [1, 2]
+    assert [row.name for row in allocation.problem.caps] == ["x"]
+    pytest.importorskip("cvxpy", reason="the convex relaxation needs the extra `convex`")
+    allocation = allocate(SPECTRA, 4, constraints=lambda rank: [rank["q"] + 2 * rank["v"] <= 3])
+    assert allocation.certificate.side is not None
+    assert allocation["q"] + 2 * allocation["v"] <= 3
+    check_answer(allocation)
+
+
+def test_a_groups_ranks_together():
+    # The first example that comes to mind: the attention layers of a block, together at most.
+    pytest.importorskip("cvxpy", reason="the convex relaxation needs the extra `convex`")
+    instance = power_law("a")
+    attention = [name for name in instance.spectra if name.startswith("layers.3.attention")]
+    free = instance.allocate()
+    assert sum(free[name] for name in attention) > 20
+    limited = instance.allocate(constraints=lambda rank: [sum(rank[n] for n in attention) <= 20])
+    assert sum(limited[name] for name in attention) == 20
+    check_answer(limited)
+    assert limited.value < free.value
+    assert limited.certificate.relative_gap < 1e-3
+    # A cap says the same, and its answer is as good or better.
+    caps = {"attention": lorambo_alloc.Cap(attention, 20, [1] * len(attention))}
+    capped = allocate(instance.spectra, instance.budget, caps=caps, **instance.keywords)
+    assert limited.value <= capped.value <= limited.certificate.upper_bound

@@ -326,3 +326,56 @@ def test_tails():
 def test_operator_overflow_names_the_layer():
     with pytest.raises(ValueError, match="layer 'b': weight times singular value overflows"):
         Problem({"a": [1.0], "b": [1e300]}, 1, weights=[1, 1e300], objective="operator")
+
+
+class TestWithBudget:
+    @given(instances(layers=3, ranks=4), seeds())
+    def test_is_the_problem_of_that_budget(self, instance: Instance, seed: int):
+        problem = instance.problem()
+        budget = instance.budget + int(np.random.default_rng(seed).integers(0, 50))
+        other = problem.with_budget(budget)
+        fresh = Problem(instance.spectra, budget, **instance.keywords)
+        assert (other.budget, other.spendable) == (fresh.budget, fresh.spendable)
+        assert [row.budget for row in other.rows] == [row.budget for row in fresh.rows]
+        assert brute_force(other)[0] == brute_force(fresh)[0]
+        assert (problem.budget, problem.rows[0].budget) == (instance.budget, instance.budget)
+
+    def test_the_caps_stay(self):
+        problem = Problem(SPECTRA, 9, caps={"x": (["a"], 2)})
+        other = problem.with_budget(5)
+        assert [(row.name, row.budget) for row in other.rows] == [("", 5), ("x", 2)]
+        assert other.names is problem.names
+        assert other.gains is problem.gains
+
+    def test_uniform(self):
+        assert Problem(SPECTRA, 9, costs=[3, 5]).with_budget(uniform_rank(2)).budget == 16
+
+    @pytest.mark.parametrize("bad", [-1, 1.5, "9", None, True])
+    def test_what_is_no_budget(self, bad):
+        with pytest.raises(ValueError, match=r"^budget: expected a whole number"):
+            Problem(SPECTRA, 9).with_budget(bad)
+
+    def test_too_little(self):
+        problem = Problem(SPECTRA, 9, costs=[3, 5], min_rank=1)
+        assert problem.with_budget(8).budget == 8
+        with pytest.raises(InfeasibleError, match="the minimum ranks cost 8") as caught:
+            problem.with_budget(7)
+        assert caught.value.minimum_budget == 8
+
+    def test_too_much(self):
+        problem = Problem(np.ones((600, 1)), 9, costs=[2**53] * 600)
+        assert problem.with_budget(2**62 - 1).spendable == 2**62 - 1
+        with pytest.raises(ValueError, match=r"below 2\^62"):
+            problem.with_budget(2**62)
+
+
+@given(instances(layers=3, ranks=4), seeds())
+def test_fits_is_the_budget_and_the_caps_alone(instance: Instance, seed: int):
+    rng = np.random.default_rng(seed)
+    plain = instance.problem()
+    room = {"x": ([plain.names[-1]], int(plain.cost_at([-1], int(plain.lower[-1]))) + 7)}
+    problem = Problem(instance.spectra, instance.budget, **instance.keywords, caps=room)
+    ranks = random_ranks(problem, rng)
+    last = problem.cost_at([-1], int(ranks[-1]))
+    fits = problem.cost_of(ranks) <= problem.budget and last <= problem.caps[0].budget
+    assert problem.fits(ranks) == fits

@@ -2,7 +2,10 @@
 
 import math
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +42,8 @@ def test_auto_takes_the_exact_solver_or_the_bottleneck():
 @pytest.mark.parametrize("solver", [s for s in SOLVERS if s != "bottleneck"])
 @pytest.mark.parametrize("keywords", [{}, {"multiple_of": 2}, {"objective": "nuclear"}])
 def test_every_solver_by_name(solver, keywords):
+    if solver == "relaxation":
+        pytest.importorskip("cvxpy", reason="the convex relaxation needs the extra `convex`")
     problem = Problem(SPECTRA, 3, costs=[2, 1], **keywords)
     if solver == "greedy" and "multiple_of" in keywords:
         with pytest.raises(ValueError, match="'greedy' needs single ranks of descending gain"):
@@ -98,3 +103,65 @@ def test_a_time_limit_is_kept(method):
     assert time.monotonic() - start < 20
     check_answer(allocation)
     assert allocation.certificate.relative_gap < 0.5
+
+
+class TestCaps:
+    CAPS = {"x": (["q"], 2)}  # noqa: RUF012
+
+    def test_auto_and_exact_take_the_solver_of_side_budgets(self):
+        for solver in ("auto", "exact", "side_budgets"):
+            allocation = solve(Problem(SPECTRA, 4, caps=self.CAPS), solver)
+            assert allocation.ranks.tolist() == [2, 2]
+            check_optimum(allocation, brute_force(allocation.problem)[0])
+
+    def test_solvers_without_caps_say_which_have_them(self):
+        expected = (
+            "method 'water_filling' takes no caps; those that do are 'exact', 'side_budgets', "
+            "'relaxation', 'greedy', 'milp'"
+        )
+        with pytest.raises(ValueError, match="^" + re.escape(expected) + "$"):
+            solve(Problem(SPECTRA, 4, caps=self.CAPS), "water_filling")
+
+    @pytest.mark.parametrize("solver", ["greedy", "milp"])
+    def test_the_others_take_them(self, solver):
+        allocation = solve(Problem(SPECTRA, 4, caps=self.CAPS), solver)
+        check_optimum(allocation, brute_force(allocation.problem)[0])
+
+
+class TestConstraints:
+    def test_auto_takes_the_relaxation(self):
+        pytest.importorskip("cvxpy", reason="the convex relaxation needs the extra `convex`")
+        allocation = solve(Problem(SPECTRA, 4), constraints=lambda rank: [rank["q"] <= 1])
+        assert allocation.ranks.tolist() == [1, 2]
+        assert allocation.certificate.method.startswith("relaxation (HiGHS")
+
+    @pytest.mark.parametrize(
+        "solver", [s for s in SOLVERS if s not in ("relaxation", "bottleneck")]
+    )
+    def test_no_other_solver_takes_them(self, solver):
+        expected = f"^method '{solver}' takes no constraints; 'relaxation' does$"
+        with pytest.raises(ValueError, match=expected):
+            solve(Problem(SPECTRA, 4), solver, constraints=lambda rank: [])
+
+    def test_nor_does_the_bottleneck(self):
+        expected = "^method 'bottleneck' takes no constraints; 'relaxation' does$"
+        with pytest.raises(ValueError, match=expected):
+            solve(Problem(SPECTRA, 4, objective="operator"), constraints=lambda rank: [])
+
+    @pytest.mark.parametrize("constraints", [None, lambda rank: []])
+    def test_without_cvxpy_the_message_says_what_to_install(self, constraints, monkeypatch):
+        monkeypatch.setitem(sys.modules, "cvxpy", None)
+        expected = "the convex relaxation needs cvxpy: pip install 'lorambo-alloc[convex]'"
+        with pytest.raises(ImportError, match="^" + re.escape(expected) + "$"):
+            allocate(SPECTRA, 4, method="relaxation", constraints=constraints)
+
+
+def test_importing_the_solvers_imports_no_heavy_package():
+    program = (
+        "import sys, importlib\n"
+        "from lorambo_alloc.solve import SOLVERS\n"
+        "for module, _ in SOLVERS.values(): importlib.import_module(module)\n"
+        "heavy = {'cvxpy', 'torch', 'scipy.optimize', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(repr(heavy) if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -73,7 +74,9 @@ def _filled(problem: Problem, ranks: IntArray) -> IntArray:
     costs: list[int] = problem.costs.tolist()
     layers = np.flatnonzero(ranks < problem.upper)
     gains = problem.gains.at(layers, ranks[layers] + 1)
-    heap = [(-g / costs[i], i) for i, g in zip(layers.tolist(), gains.tolist(), strict=True)]
+    # Costs are below 2^53, and sums of gains below 2^960: no density underflows, none overflows.
+    densities = np.ldexp(gains, 53) / problem.costs[layers]
+    heap = list(zip((-densities).tolist(), layers.tolist(), strict=True))
     heapq.heapify(heap)
     while heap:
         density, i = heapq.heappop(heap)
@@ -84,7 +87,7 @@ def _filled(problem: Problem, ranks: IntArray) -> IntArray:
         if ranks[i] < problem.upper[i]:
             layer = np.array([i], dtype=np.int64)
             gain = float(problem.gains.at(layer, ranks[layer] + 1)[0])
-            heapq.heappush(heap, (-gain / costs[i], i))
+            heapq.heappush(heap, (-math.ldexp(gain, 53) / costs[i], i))
     return ranks
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +17,12 @@ from lorambo_alloc.certificate import Certificate
 from lorambo_alloc.hulls import Hulls, concave_hulls
 from lorambo_alloc.objectives import FloatArray, IntArray
 from lorambo_alloc.problem import Problem
-from lorambo_alloc.solvers.dual_prices import scaled_costs
+from lorambo_alloc.solvers.dual_prices import scaled_costs, spendable
 from lorambo_alloc.solvers.filling import Filling
+from lorambo_alloc.solvers.own_constraints import OwnConstraints
 from lorambo_alloc.verification import SCALE, Charges, integer, responses
 
-_TOLERANCE = 1e-9  # of the caller's constraints, at whole ranks
-_MARGIN = 2.0**-40  # for the rounding of gradients, as a share of what they sum up
-_MOST_MOVES = 1000
+_INFEASIBLE, _STOPPED = "infeasible", "stopped early"
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,13 +32,13 @@ class Relaxation:
     Attributes:
         problem: what was relaxed.
         ranks: float64 by layer.
-        objective: the solver's own optimal value; a figure to look at, not a bound.
+        objective: the value of the solver's own solution; a figure to look at, not a bound.
         upper_bound: the Lagrangian at the prices, in exact arithmetic, rounded up: no whole ranks
             within budgets and constraints have a greater value.
         prices: gain per unit of the budget and of each cap.
         side: the caller's constraints as the prices see them: a charge per rank of each layer, and
             what those of any ranks that satisfy the constraints sum up to at most. None without.
-        solver: which solver cvxpy used.
+        solver: which solver cvxpy used, and whether it came to an end.
     """
 
     problem: Problem
@@ -71,7 +71,8 @@ def relax(
 
     A constraint g(r) <= 0 with dual y enters the Lagrangian by its tangent at the solution: g is
     convex, so ranks that satisfy it also satisfy y g(r*) + y g'(r*) (r - r*) <= 0. That needs its
-    gradient, which cvxpy supplies in doubles; a margin of 2^-40 covers their rounding.
+    gradient, which cvxpy supplies in doubles; a margin of 2^-40 covers their rounding, and the
+    tolerance of 1e-9 within which constraints are said to hold is added.
 
     Args:
         problem: any problem with gains.
@@ -82,50 +83,20 @@ def relax(
 
     Raises:
         ImportError: cvxpy is missing: `pip install 'lorambo-alloc[convex]'`.
-        ValueError: a constraint is not of this form, or no ranks satisfy them all.
+        ValueError: a constraint is not of this form or has no gradient in cvxpy, the solver finds
+            that no ranks satisfy them all, or the objective is `operator`.
 
     References:
         Boyd and Vandenberghe, Convex Optimization, sections 5.1 and 5.9.
 
     Example:
         >>> problem = Problem({"q": [3.0, 2.0], "v": [2.5, 2.0]}, 3)
-        >>> relaxed = relax(problem, lambda rank: [2 * rank["q"] + rank["v"] <= 3])
+        >>> relaxed = relax(problem, lambda rank: [rank["q"] + 2 * rank["v"] <= 3])
         >>> relaxed.ranks.round(6).tolist(), round(relaxed.upper_bound, 6)
-        ([0.5, 2.0], 14.75)
+        ([2.0, 0.5], 16.125)
     """
     cp = _cvxpy()
-    hulls = concave_hulls(problem)
-    if constraints is None:
-        hulls = hulls.select(hulls.gains > 0)
-    scale = float(np.max(np.abs(hulls.gains), initial=0.0)) or 1.0
-    steps = cp.Variable(max(len(hulls.gains), 1), bounds=[0.0, 1.0])
-    gains = np.zeros(steps.size)
-    gains[: len(hulls.gains)] = hulls.gains / scale
-    left = [row.budget - row.cost_of(problem.lower) for row in problem.rows]
-    budgets: list[Any] = []
-    if len(hulls.gains):
-        shares = scaled_costs(problem, problem.rows, hulls, left)
-        budgets.append(shares @ steps <= np.array([float(budget > 0) for budget in left]))
-    rank = cp.Variable(len(problem.names))
-    own = _own_constraints(cp, problem, constraints, rank)
-    links = [rank == problem.lower + _rank_matrix(problem, hulls, steps.size) @ steps]
-    model = cp.Problem(cp.Maximize(gains @ steps), [*budgets, *(links if own else []), *own])
-    solver = _solve(cp, model, time_limit)
-    reached = problem.lower + _rank_matrix(problem, hulls, steps.size) @ steps.value
-    duals = np.zeros(len(problem.rows))
-    if budgets:
-        duals = np.maximum(np.atleast_1d(budgets[0].dual_value), 0.0) * scale
-    prices = tuple(float(dual) / max(b, 1) for dual, b in zip(duals, left, strict=True))
-    side = _tangent(problem, own, rank, scale) if own else None
-    return Relaxation(
-        problem,
-        np.asarray(reached, dtype=np.float64),
-        float(model.value) * scale + float(problem.value_of(problem.lower)),
-        round_up(_lagrangian(problem, prices, side)),
-        prices,
-        side,
-        solver,
-    )
+    return _relaxed(cp, problem, OwnConstraints(cp, problem, constraints), time_limit)
 
 
 def solve_relaxation(
@@ -145,13 +116,12 @@ def solve_relaxation(
         ImportError: cvxpy is missing.
         ValueError: as `relax`; or rounding found no whole ranks that satisfy the constraints.
     """
-    relaxed = relax(problem, constraints, time_limit)
-    checker = _Checker(problem, constraints)
+    cp = _cvxpy()
+    own = OwnConstraints(cp, problem, constraints)
+    relaxed = _relaxed(cp, problem, own, time_limit)
     filling = Filling(problem, problem.rows, relaxed.prices)
-    ranks = filling.repaired(_rounded_down(problem, relaxed.ranks))
-    if constraints is not None:
-        ranks = checker.repaired(ranks)
-    ranks = filling.filled(ranks, checker.accepts if constraints is not None else None)
+    ranks = own.repaired(filling.repaired(_rounded_down(problem, relaxed.ranks)))
+    ranks = filling.filled(ranks, own.accepts if len(own) else None)
     value = problem.value_of(ranks)
     gap = max(_lagrangian(problem, relaxed.prices, relaxed.side) - value, Fraction(0))
     certificate = Certificate.of(
@@ -176,6 +146,57 @@ def _cvxpy() -> Any:
     return cvxpy
 
 
+def _relaxed(
+    cp: Any, problem: Problem, own: OwnConstraints, time_limit: float | None
+) -> Relaxation:
+    if problem.objective.kind == "operator":
+        raise ValueError("objective: the relaxation needs gains that add up; 'operator' has none")
+    hulls = concave_hulls(problem)
+    if not len(own):
+        hulls = hulls.select(hulls.gains > 0)
+    scale = float(np.max(np.abs(hulls.gains), initial=0.0)) or 1.0
+    steps = cp.Variable(max(len(hulls.gains), 1), bounds=[0.0, 1.0])
+    gains = np.zeros(steps.size)
+    gains[: len(hulls.gains)] = hulls.gains / scale
+    left = spendable(problem, problem.rows)
+    budgets: list[Any] = []
+    largest = np.ones(len(left))
+    if len(hulls.gains):
+        shares = scaled_costs(problem, problem.rows, hulls, left)
+        # Where a step costs far more than is left, HiGHS finds what is feasible infeasible.
+        largest = np.maximum(shares.max(axis=1).toarray().ravel(), 1.0)
+        room = np.array([float(budget > 0) for budget in left]) / largest
+        budgets.append(shares.multiply(1 / largest[:, None]).tocsr() @ steps <= room)
+    matrix = _rank_matrix(problem, hulls, steps.size)
+    links = [own.rank == problem.lower + matrix @ steps] if len(own) else []
+    limits = [*budgets, *links, *own.conditions]
+    solver = _solve(cp, lambda: cp.Problem(cp.Maximize(gains @ steps), limits), time_limit)
+    if solver.endswith(_INFEASIBLE) and len(own):
+        raise ValueError(
+            f"constraints: no ranks within the limits and the budget satisfy them ({solver})"
+        )
+    taken = np.zeros(steps.size) if steps.value is None else np.clip(steps.value, 0.0, 1.0)
+    duals = np.zeros(len(problem.rows))
+    if budgets and budgets[0].dual_value is not None:
+        duals = np.maximum(np.atleast_1d(budgets[0].dual_value), 0.0) / largest * scale
+    prices = tuple(float(dual) / max(b, 1) for dual, b in zip(duals, left, strict=True))
+    side = own.consequence(scale) if len(own) else None
+    bound = _lagrangian(problem, prices, side)
+    if solver.endswith(_STOPPED):
+        free = (0.0,) * len(prices), side and ((0.0,) * len(problem.names), 0.0)
+        if (least := _lagrangian(problem, *free)) < bound:
+            bound, (prices, side) = least, free
+    return Relaxation(
+        problem,
+        np.asarray(problem.lower + matrix @ taken, dtype=np.float64),
+        float(gains @ taken) * scale + float(problem.value_of(problem.lower)),
+        round_up(bound),
+        prices,
+        side,
+        solver,
+    )
+
+
 def _rank_matrix(problem: Problem, hulls: Hulls, columns: int) -> Any:
     """From steps taken to ranks gained: one column a step, one row a layer."""
     from scipy.sparse import csr_array
@@ -198,79 +219,27 @@ def _rank_matrix(problem: Problem, hulls: Hulls, columns: int) -> Any:
     return csr_array((widths, (rows, columns_of)), shape=(len(problem.names), columns))
 
 
-def _own_constraints(
-    cp: Any, problem: Problem, constraints: Constraints | None, rank: Any
-) -> list[Any]:
-    """The caller's constraints, checked."""
-    if constraints is None:
-        return []
-    named = {name: rank[i] for i, name in enumerate(problem.names)}
-    own: Any = constraints(named)
-    if not isinstance(own, (list, tuple)):
-        raise ValueError(f"constraints: expected a list of cvxpy constraints, got {own!r}")
-    kinds = (cp.constraints.Inequality, cp.constraints.Zero, cp.constraints.Equality)
-    for n, constraint in enumerate(cast(Sequence[Any], own)):
-        where = f"constraints: number {n + 1} ({constraint})"
-        if not isinstance(constraint, kinds):
-            raise ValueError(f"{where}: expected an inequality or equality of cvxpy expressions")
-        if not constraint.is_dcp():
-            raise ValueError(f"{where}: expected a convex one, by cvxpy's rules")
-        foreign = [v for v in constraint.variables() if v.id != rank.id]
-        if foreign:
-            raise ValueError(f"{where}: expected the ranks as its only variables, got {foreign}")
-    return list(cast(Sequence[Any], own))
+def _solve(cp: Any, model: Callable[[], Any], time_limit: float | None) -> str:
+    """Solve with a simplex where all is linear, else with an interior point; the solver's name.
 
-
-def _solve(cp: Any, model: Any, time_limit: float | None) -> str:
-    """Solve with a simplex where all is linear, else with an interior point; the solver's name."""
-    linear = model.is_lp()
-    solver = cp.SCIPY if linear else cp.CLARABEL
-    options: dict[str, Any] = {}
-    if time_limit is not None:
-        limit = max(time_limit, 0.1)
-        options = {"scipy_options": {"time_limit": limit}} if linear else {"time_limit": limit}
-    try:
-        model.solve(solver=solver, **options)
-    except cp.SolverError as error:
-        raise ValueError(f"constraints: {solver} found no solution: {error}") from error
-    if model.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE):
-        raise ValueError(
-            f"constraints: no ranks within the limits and the budget satisfy them ({solver} says "
-            f"{model.status})"
-        )
-    return (
-        f"HiGHS through cvxpy {cp.__version__}"
-        if linear
-        else f"{solver.title()} through cvxpy {cp.__version__}"
-    )
-
-
-def _tangent(
-    problem: Problem, own: list[Any], rank: Any, scale: float
-) -> tuple[tuple[float, ...], float]:
-    """All constraints, weighted by their duals, as one linear inequality at the solution."""
-    weights = np.zeros(len(problem.names))
-    limit = margin = 0.0
-    for constraint in own:
-        dual = np.atleast_1d(constraint.dual_value).ravel(order="F") * scale
-        if not _is_equality(constraint):
-            dual = np.maximum(dual, 0.0)
-        gradient = constraint.expr.grad.get(rank)
-        if gradient is None:
-            if not constraint.variables():
-                continue
-            raise ValueError(f"constraints: {constraint} has no gradient at the solution")
-        slopes = np.asarray(gradient @ dual).ravel()
-        value = np.atleast_1d(constraint.expr.value).ravel(order="F")
-        weights += slopes
-        limit += float(slopes @ rank.value) - float(dual @ value)
-        margin += float(np.abs(slopes) @ np.abs(rank.value)) + float(np.abs(dual) @ np.abs(value))
-        margin += float(np.abs(slopes) @ problem.upper)
-    return tuple(weights.tolist()), limit + _MARGIN * margin
-
-
-def _is_equality(constraint: Any) -> bool:
-    return type(constraint).__name__ in ("Equality", "Zero")
+    Whatever it has when the time is over is used, if only to round it: no bound rests on it.
+    """
+    with warnings.catch_warnings():
+        # That a solution may be inaccurate, or an expression slow to compile.
+        warnings.simplefilter("ignore", UserWarning)
+        problem = model()
+        linear = problem.is_lp()
+        options: dict[str, Any] = {} if time_limit is None else {"time_limit": max(time_limit, 0.1)}
+        if linear:
+            options = {"scipy_options": options} if options else {}
+        name = f"{'HiGHS' if linear else 'Clarabel'} through cvxpy {cp.__version__}"
+        try:
+            problem.solve(solver=cp.SCIPY if linear else cp.CLARABEL, **options)
+        except cp.SolverError:
+            return f"{name}, no solution"
+    if problem.status in (cp.INFEASIBLE, cp.INFEASIBLE_INACCURATE):
+        return f"{name}, {_INFEASIBLE}"
+    return name if problem.status == cp.OPTIMAL else f"{name}, {_STOPPED}"
 
 
 def _lagrangian(
@@ -290,81 +259,6 @@ def _rounded_down(problem: Problem, ranks: FloatArray) -> IntArray:
     result = problem.lower.copy()
     for group in problem.variables:
         allowed = problem.allowed_ranks(group[0])
-        at = int(np.searchsorted(allowed, ranks[group[0]] + 1e-6, side="right")) - 1
+        at = int(allowed.searchsorted(float(ranks[group[0]]) + 1e-6, side="right")) - 1
         result[list(group)] = allowed[max(at, 0)]
     return result
-
-
-class _Checker:
-    """The caller's constraints at whole ranks."""
-
-    def __init__(self, problem: Problem, constraints: Constraints | None) -> None:
-        self._problem = problem
-        if constraints is None:
-            return
-        cp = _cvxpy()
-        self._rank = cp.Variable(len(problem.names))
-        own = _own_constraints(cp, problem, constraints, self._rank)
-        self._curved = [constraint for constraint in own if not constraint.expr.is_affine()]
-        # Linear constraints are checked by one product instead of one by one.
-        self._rank.value = np.zeros(len(problem.names))
-        rows: list[FloatArray] = []
-        offsets: list[FloatArray] = []
-        both: list[FloatArray] = []
-        for constraint in own:
-            if not constraint.expr.is_affine():
-                continue
-            offset = np.atleast_1d(constraint.expr.value).ravel(order="F")
-            gradient = constraint.expr.grad.get(self._rank)
-            dense = np.zeros((len(offset), len(problem.names)))
-            if gradient is not None:
-                dense = np.asarray(gradient.todense()).T
-            rows.append(dense)
-            offsets.append(offset)
-            both.append(np.full(len(offset), float(_is_equality(constraint))))
-        self._matrix = np.concatenate([np.zeros((0, len(problem.names))), *rows])
-        self._offset = np.concatenate([np.zeros(0), *offsets])
-        self._both = np.concatenate([np.zeros(0), *both])
-
-    def violation(self, ranks: IntArray) -> float:
-        """By how much the constraints are broken, summed up."""
-        values = self._matrix @ ranks + self._offset
-        broken = np.maximum(values, 0.0) + self._both * np.maximum(-values, 0.0)
-        total = float(broken[broken > _TOLERANCE].sum())
-        if self._curved:
-            self._rank.value = ranks.astype(np.float64)
-            for constraint in self._curved:
-                own = float(np.sum(np.asarray(constraint.violation())))
-                total += own if own > _TOLERANCE else 0.0
-        return total
-
-    def accepts(self, ranks: IntArray) -> bool:
-        """Whether whole ranks satisfy all constraints."""
-        return self.violation(ranks) == 0
-
-    def repaired(self, ranks: IntArray) -> IntArray:
-        """Move single variables by single steps until the constraints hold."""
-        problem = self._problem
-        broken = self.violation(ranks)
-        for _ in range(_MOST_MOVES):
-            if not broken:
-                return ranks
-            best: tuple[float, IntArray] | None = None
-            for group in problem.variables:
-                allowed = problem.allowed_ranks(group[0]).tolist()
-                at = allowed.index(int(ranks[group[0]]))
-                for rank in [*allowed[max(at - 1, 0) : at], *allowed[at + 1 : at + 2]]:
-                    moved = ranks.copy()
-                    moved[list(group)] = rank
-                    left = self.violation(moved)
-                    if left < (best[0] if best else broken) and problem.fits(moved):
-                        best = left, moved
-            if best is None:
-                break
-            broken, ranks = best
-        if broken:
-            raise ValueError(
-                "constraints: rounding found no whole ranks that satisfy them; `relax` has the "
-                "continuous ones"
-            )
-        return ranks
