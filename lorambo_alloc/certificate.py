@@ -32,7 +32,7 @@ Status: TypeAlias = Literal[
 ]
 
 MEANING: dict[Status, str] = {
-    "optimal_exact": "optimal: no other rank vector within the budget has a greater value",
+    "optimal_exact": "optimal: no rank vector within the budget and the limits has a greater value",
     "optimal_within_rounding": "optimal to within the rounding of the sums, stated as the gap",
     "gap_certified": "stopped early: the gap is proved, optimality is not; more time may close it",
     "ratio_certified": "within the stated ratio of the optimum by a theorem; the gap is proved too",
@@ -101,7 +101,7 @@ class Certificate:
         side: from constraints of the caller's own: the charge per rank of each layer, and what
             those of any ranks that satisfy the constraints sum up to at most. The bound is then
             one for such ranks only.
-        ratio: with `ratio_certified`, the share of the optimum that the theorem promises; else 0.
+        ratio: of a greedy answer, the share of the optimum that the theorem promises; else 0.
         theorem: where that promise comes from.
     """
 

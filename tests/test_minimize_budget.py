@@ -20,7 +20,8 @@ from lorambo_alloc import (
     minimize_budget,
     solve,
 )
-from lorambo_alloc.minimize_budget import BudgetCertificate, CheapestRanks
+from lorambo_alloc.budget_certificate import BudgetCertificate
+from lorambo_alloc.minimize_budget import CheapestRanks
 from lorambo_alloc.testing import (
     Instance,
     brute_force,

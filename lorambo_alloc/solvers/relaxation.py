@@ -72,7 +72,9 @@ def relax(
     A constraint g(r) <= 0 with dual y enters the Lagrangian by its tangent at the solution: g is
     convex, so ranks that satisfy it also satisfy y g(r*) + y g'(r*) (r - r*) <= 0. That needs its
     gradient, which cvxpy supplies in doubles; a margin of 2^-40 covers their rounding, and the
-    tolerance of 1e-9 within which constraints are said to hold is added.
+    tolerance of 1e-9 within which constraints are said to hold is added. At a kink of g (a norm of
+    order 1, a maximum, an absolute value) there are many tangents, and cvxpy's may leave the bound
+    valid but loose: write the linear pieces out instead, which stay tight.
 
     Args:
         problem: any problem with gains.
