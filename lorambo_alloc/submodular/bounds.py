@@ -61,18 +61,20 @@ def instance_bound(
     for size in range(len(chosen) + 1):
         if size in wanted:
             base, weights = objective.sketch(state)
-            bound = base + constraint.heaviest(np.maximum(weights, 0.0))
+            with np.errstate(over="ignore"):
+                bound = base + constraint.heaviest(np.maximum(weights, 0.0))
             if bound < best:
                 best, at = bound, size
         if size < len(chosen):
             state.add(chosen[size])
-    return min(
-        (
-            (base + constraint.heaviest(weights)) * (1 + 4 * ROUNDING)
-            for base, weights in objective.ceilings(chosen[:at], constraint)
-        ),
-        default=np.inf,
-    )
+    with np.errstate(over="ignore"):
+        return min(
+            (
+                (base + constraint.heaviest(weights)) * (1 + 4 * ROUNDING)
+                for base, weights in objective.ceilings(chosen[:at], constraint)
+            ),
+            default=np.inf,
+        )
 
 
 def curvature(objective: SetFunction) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from lorambo_alloc.costs import whole_number
 from lorambo_alloc.objectives import FloatArray, IntArray, real_number
 from lorambo_alloc.submodular.bounds import instance_bound
-from lorambo_alloc.submodular.constraints import Constraint
+from lorambo_alloc.submodular.constraints import Constraint, Knapsack
 from lorambo_alloc.submodular.guarantees import CARDINALITY, WEAKLY_SUBMODULAR, Guarantee
 from lorambo_alloc.submodular.objectives import SetFunction
 from lorambo_alloc.submodular.select import Selection, select
@@ -133,7 +133,8 @@ def bound_check(
         samples: how many chains to draw, >= 1.
         seed: of `numpy.random.default_rng`.
         tolerance: in (0, 1); gains that differ by less than this share of the largest value of f
-            involved are equal. The instance bound is rounded up, so 0 would fail by rounding.
+            involved, or by less than `objective.rounding`, are equal. The instance bound is
+            rounded up, so 0 would fail by rounding.
 
     Raises:
         ValueError: the selection is not feasible, or an argument is out of range.
@@ -159,8 +160,10 @@ def bound_check(
     if not constraint.feasible(items, objective.n):
         raise ValueError(f"selection: {items} is not feasible")
     value = objective.value(items)
-    bound = instance_bound(objective, constraint, items, prefixes=len(items) + 1)
     row = selection.guarantee
+    if isinstance(constraint, Knapsack) and row.constraint == CARDINALITY:
+        constraint = constraint.as_cardinality()  # as `select` did before it cited that row
+    bound = instance_bound(objective, constraint, items, prefixes=len(items) + 1)
     exhaustive = objective.n <= EXHAUSTIVE_UP_TO
     if exhaustive:
         violations, ratio = _look_everywhere(objective, tolerance)
@@ -174,7 +177,8 @@ def bound_check(
         guarantee=row,
         # No claim, no failure: 0 x infinity is not a number.
         holds=row.ratio == 0 or value >= row.ratio * bound * (1 - tolerance),
-        conclusive=(row.constraint, row.algorithm) == (CARDINALITY, "greedy")
+        conclusive=constraint.kind == row.constraint == CARDINALITY
+        and row.algorithm == "greedy"
         and objective.kind != WEAKLY_SUBMODULAR,
         violations=tuple(violations),
         submodularity_ratio=ratio,
@@ -220,7 +224,8 @@ def _look_everywhere(objective: SetFunction, tolerance: float) -> tuple[list[Vio
     masks: IntArray = np.arange(1 << n)
     members: list[list[int]] = [[e for e in range(n) if mask >> e & 1] for mask in range(1 << n)]
     values = np.array([objective.value(items) for items in members])
-    slack = tolerance * float(np.abs(values).max())
+    largest = float(np.abs(values).max())
+    slack = tolerance * largest + 4 * objective.rounding(n, largest)
     gains = np.stack([values[masks | 1 << e] - values for e in range(n)]) if n else values[:0]
     found: list[Violation] = []
     for e in range(n):
@@ -270,7 +275,8 @@ def _look_at_samples(
         for item in b.tolist():
             large.add(item)
         at_small, at_large = small.gains(), large.gains()
-        slack = tolerance * max(abs(small.value), abs(large.value), float(np.abs(at_small).max()))
+        largest = max(abs(small.value), abs(large.value), float(np.abs(at_small).max()))
+        slack = tolerance * largest + 4 * objective.rounding(len(a) + len(b) + 1, largest)
         worst = int(at_small.argmin())  # elements of A have gain 0
         if at_small[worst] < -slack:
             found.append(_violation("monotone", a, a, worst, at_small[worst], at_small[worst]))

@@ -19,6 +19,8 @@ from lorambo_alloc.submodular.objectives import ROUNDING
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
+_LARGEST_COST = 1 << 53
+
 
 class Room(Protocol):
     """What may still be added to a feasible set. What may not, never may again."""
@@ -136,15 +138,15 @@ class Cardinality(Constraint):
 
 
 class _KnapsackRoom:
-    """How much budget is left."""
+    """How much budget is left: a Python int, as costs may come to more than 64 bits together."""
 
     def __init__(self, costs: IntArray, left: int) -> None:
         self._costs, self._left = costs, left
-        self.open = costs <= left
+        self.open = costs <= min(left, _LARGEST_COST)
 
     def add(self, element: int) -> None:
         self._left -= int(self._costs[element])
-        self.open &= self._costs <= self._left
+        self.open &= self._costs <= min(self._left, _LARGEST_COST)
         self.open[element] = False
 
 
@@ -166,9 +168,11 @@ class Knapsack(Constraint):
     kind = KNAPSACK
 
     def __init__(self, costs: Iterable[int], budget: int) -> None:
+        if not isinstance(costs, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"costs: expected one an element, got {costs!r}")
         numbers = [whole_number(c, f"costs: element {j}", least=1) for j, c in enumerate(costs)]
         for j, number in enumerate(numbers):
-            if number > 1 << 53:
+            if number > _LARGEST_COST:
                 raise ValueError(f"costs: element {j}: expected at most 2^53, got {number}")
         self.costs: IntArray = np.array(numbers, dtype=np.int64)
         self.budget = whole_number(budget, "budget", least=0)
@@ -181,8 +185,13 @@ class Knapsack(Constraint):
     def room(self, n: int) -> Room:
         """What may be added to the empty set."""
         self.check(n)
-        # What exceeds the sum of all costs binds nothing, and might not fit 64 bits.
-        return _KnapsackRoom(self.costs, min(self.budget, 1 << 62))
+        return _KnapsackRoom(self.costs, self.budget)
+
+    def as_cardinality(self) -> Constraint:
+        """The same sets as a cardinality constraint where all costs are equal; else itself."""
+        if len(self.costs) and (self.costs == self.costs[0]).all():
+            return Cardinality(self.budget // int(self.costs[0]))
+        return self
 
     def cost(self, items: Sequence[int]) -> int:
         """The total cost."""

@@ -13,6 +13,7 @@ from lorambo_alloc.submodular.log_det import layer_names
 from lorambo_alloc.submodular.matrices import (
     DEPENDENT,
     GrowingFactor,
+    bounded_below,
     least_eigenvalue,
     principal,
     symmetric,
@@ -29,6 +30,9 @@ from lorambo_alloc.submodular.perspective import Perspective
 
 # Up to so many candidates the least eigenvalue is computed (a second or so), not only bounded.
 EIGENVALUES_UP_TO = 1000
+
+# Up to so many a Cholesky factor proves what is assumed of C (seconds, and one copy of C).
+PROVED_UP_TO = 6000
 _CONJUGATE_GRADIENT_STEPS = 60
 
 
@@ -53,7 +57,9 @@ class _CoupledState:
         # rounding, and their quotient would be noise. Its gain counts as 0.
         free = pivots > DEPENDENT * diagonal
         gains = np.zeros(len(pivots))
-        np.divide(0.5 * slopes * slopes, pivots, out=gains, where=free)
+        # Divided first: squares of slopes may underflow where gains do not.
+        np.divide(slopes, pivots, out=gains, where=free)
+        gains *= 0.5 * slopes
         return gains
 
     def add(self, element: int) -> None:
@@ -81,11 +87,16 @@ class CoupledQuadratic(SetFunction):
     allocation separable. The greedy algorithm is orthogonal matching pursuit in its exact form
     (forward regression), by a Cholesky factor that grows.
 
+    A candidate whose curvature, given those chosen, is below 2^-34 of its own counts as dependent
+    on them, and adds nothing. Where C + rho I is so near to singular and b is not in its range to
+    the same precision, f as computed is neither f nor monotone: raise rho.
+
     Args:
         b: n slopes, finite, in units of loss per unit of coefficient.
         C: n x n curvature, symmetric to 1e-10 of its largest diagonal entry and positive
-            semidefinite (assumed; its diagonal and 2 x 2 minors are checked, and so is each
-            pivot met). An exactly symmetric float64 array is used as it is, not copied.
+            semidefinite (its diagonal and 2 x 2 minors are checked, and so is each pivot met;
+            bounds assume it only beyond 6,000 candidates). An exactly symmetric float64 array is
+            used as it is, not copied.
         rho: damping >= 0, in the units of C. Without it no bound is known for more than
             1,000 candidates, nor where C is singular.
         layers: the layer of each candidate; then an answer counts the candidates of each layer.
@@ -126,10 +137,18 @@ class CoupledQuadratic(SetFunction):
         if unbounded.any():
             j = int(unbounded.argmax())
             raise ValueError(f"rho: expected > 0, as C is 0 and b is not at candidate {j}")
+        positive = self._diagonal[self._diagonal > 0]
+        if len(positive) and not (positive.min() >= 2.0**-900 and positive.max() <= 2.0**900):
+            raise ValueError(
+                "C: expected every C_jj + rho to be 0 or from 2^-900 to 2^900, got "
+                f"{float(positive.min())!r} to {float(positive.max())!r}; choose other units"
+            )
         # In this range no sum overflows, and what underflows is far below the rounding.
         with np.errstate(over="ignore"):
             sloped = self.b != 0
-            largest = float((self.b[sloped] ** 2 / self._diagonal[sloped]).max(initial=0.0))
+            largest = float(
+                ((self.b[sloped] / np.sqrt(self._diagonal[sloped])) ** 2).max(initial=0.0)
+            )
         if sloped.any() and not 2.0**-900 <= largest <= 2.0**900:
             raise ValueError(
                 "b: expected a largest gain b_j^2 / (C_jj + rho) from 2^-900 to 2^900, got "
@@ -144,23 +163,35 @@ class CoupledQuadratic(SetFunction):
         """The value of a set, from its best coefficients (of least norm if C_SS is singular)."""
         chosen = self.check_items(items)
         block = principal(self.C, chosen, 1.0, self.rho)
-        return 0.5 * float(self.b[chosen] @ _solve(block, self.b[chosen]))
+        return max(0.5 * float(self.b[chosen] @ _solve(block, self.b[chosen])), 0.0)
+
+    def rounding(self, size: int, value: float) -> float:
+        """How far a value may be from f: a backward error of k (k + 8) u, times the condition."""
+        least = max(self.submodularity_ratio(), DEPENDENT)
+        return size * (size + 8) * ROUNDING / least * value
 
     @cached_property
     def floors(self) -> list[FloatArray]:
         """Diagonals p with C + rho I >= diag(p) in the order of matrices; only p > 0 are of use.
 
-        C is assumed positive semidefinite up to the rounding of a Gram matrix, 2^-40 of its trace.
+        One is the damping, less what rounding may have taken off the eigenvalues of C: 2^-40 of
+        its trace, as for a Gram matrix of doubles, or more, as for one of single precision. Up to
+        6,000 candidates a Cholesky factor proves that it is no more; beyond, 2^-40 is assumed.
         Up to 1,000 candidates the least eigenvalue of the matrix scaled to a unit diagonal is
-        another, and needs no assumption.
+        another.
         """
         found: list[FloatArray] = []
-        damping = self.rho - 2.0**-40 * float(self.C.trace())
-        if damping > 0:
-            found.append(np.full(self.n, damping))
+        trace = float(self.C.trace())
+        share = max(2.0**-40, 16 * (self.n + 4) * ROUNDING)
+        while self.n and self.rho > share * trace:
+            known = trace == 0 or self.n > PROVED_UP_TO
+            if known or bounded_below(self.C, -share * trace):
+                found.append(np.full(self.n, (self.rho - share * trace) * (1 - 4 * ROUNDING)))
+                break
+            share *= 4
         if 0 < self.n <= EIGENVALUES_UP_TO and self._diagonal.min() > 0:
             root = np.sqrt(self._diagonal)
-            normal = self.C / np.outer(root, root)
+            normal = self.C / root[:, None] / root
             normal[np.diag_indices(self.n)] = 1.0
             least = least_eigenvalue(normal)
             if least > 0:
@@ -169,6 +200,9 @@ class CoupledQuadratic(SetFunction):
 
     def submodularity_ratio(self) -> float:
         """A proved lower bound on the submodularity ratio, in [0, 1]; 0 if none is known.
+
+        0 also where it is so small that candidates within the conditions of its theorems may
+        count as dependent, which they are not: f as computed is another function then.
 
         The ratio is the least of (sum of the gains at L over S) / (f(L + S) - f(L)). With r the
         slopes left after L, M^ the Schur complement of M = C + rho I and d its diagonal, this is
@@ -179,7 +213,8 @@ class CoupledQuadratic(SetFunction):
         inverse is a block of the inverse), so the joint gain is at most sum r_j^2 / p_j, and
         d_j <= M_jj. With p = lambda diag(M) it is lemma 2.4 of Das and Kempe (2011).
         """
-        return max((float((p / self._diagonal).min()) for p in self.floors), default=0.0)
+        ratio = max((float((p / self._diagonal).min()) for p in self.floors), default=0.0)
+        return ratio * (1 - 4 * ROUNDING) if ratio > 2 * DEPENDENT else 0.0
 
     def ceilings(self, items: Sequence[int], within: Relaxation) -> list[Ceiling]:
         """Bounds from the dual of the perspective relaxation; `perspective.py` has the proof.
@@ -224,7 +259,7 @@ class CoupledQuadratic(SetFunction):
         if not self.floors:
             return np.inf, np.zeros(self.n)
         with np.errstate(over="ignore"):
-            return state.value, state.slopes**2 / (2 * self.floors[-1])
+            return state.value, state.slopes / (2 * self.floors[-1]) * state.slopes
 
 
 def _solve(matrix: FloatArray, right: FloatArray) -> FloatArray:
@@ -239,4 +274,9 @@ def _solve(matrix: FloatArray, right: FloatArray) -> FloatArray:
             return np.asarray(cho_solve(factor, right), dtype=np.float64)
     except np.linalg.LinAlgError:
         pass
-    return np.asarray(np.linalg.lstsq(matrix, right, rcond=DEPENDENT)[0], dtype=np.float64)
+    # Scaled to a unit diagonal, so that what counts as dependent does not hang on units.
+    diagonal = matrix.diagonal()
+    scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    scaled = matrix * scale[:, None] * scale
+    found = np.linalg.lstsq(scaled, right * scale, rcond=DEPENDENT)[0] * scale
+    return np.asarray(found, dtype=np.float64)

@@ -78,10 +78,7 @@ class Coverage(SetFunction):
     """
 
     def __init__(self, sets: Iterable[Iterable[int]], weights: object = None) -> None:
-        rows = [
-            sorted({whole_number(p, f"sets: element {j}", least=0) for p in points})
-            for j, points in enumerate(sets)
-        ]
+        rows = [_points(points, f"sets: element {j}") for j, points in enumerate(sets)]
         super().__init__(len(rows))
         points = max((row[-1] for row in rows if row), default=-1) + 1
         if weights is None:
@@ -92,6 +89,12 @@ class Coverage(SetFunction):
                 raise ValueError(
                     f"weights: expected one for each of {points} points, got {len(self.weights)}"
                 )
+        with np.errstate(over="ignore"):
+            total = float(self.weights.sum())
+        if total > 2.0**900:
+            raise ValueError(
+                f"weights: expected a sum of at most 2^900, got {total!r}; choose other units"
+            )
         sizes = [len(row) for row in rows]
         self.flat: IntArray = np.array([p for row in rows for p in row], dtype=np.int64)
         self.owners: IntArray = np.repeat(np.arange(self.n), sizes)
@@ -119,6 +122,12 @@ class Coverage(SetFunction):
             state.add(item)
         up = 1 + 2 * (len(self.weights) + 1) * ROUNDING
         return [(self.value(items) * (1 + 4 * ROUNDING), state.gains() * up)]
+
+
+def _points(points: Iterable[int], where: str) -> list[int]:
+    if not isinstance(points, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"{where}: expected a collection of points, got {points!r}")
+    return sorted({whole_number(point, where, least=0) for point in points})
 
 
 class Modular(Coverage):

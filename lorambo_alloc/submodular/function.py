@@ -76,6 +76,8 @@ class Function(SetFunction):
         self.kind = SUBMODULAR if submodular else WEAKLY_SUBMODULAR
         self._f = f
         self._known: dict[frozenset[int], float] = {}
+        if not callable(f):
+            raise ValueError(f"f: expected a function of a frozenset, got {f!r}")
         if self.of(frozenset()) != 0:
             raise ValueError(f"f(frozenset()): expected 0, got {self.of(frozenset())!r}")
 

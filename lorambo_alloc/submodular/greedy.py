@@ -129,6 +129,8 @@ def density_greedy(objective: SetFunction, knapsack: Knapsack) -> Run:
         >>> density_greedy(Modular([2.0, 100.0]), Knapsack([1, 100], budget=100)).items
         (0,)
     """
+    if not isinstance(knapsack, Knapsack):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"knapsack: expected a Knapsack, got {knapsack!r}")
     knapsack.check(objective.n)
     state, room = objective.start(), knapsack.room(objective.n)
     fill_by_density(state, room, knapsack)

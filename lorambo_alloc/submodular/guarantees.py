@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from decimal import ROUND_FLOOR, Context, Decimal
 
 CARDINALITY = "cardinality"
 MATROID = "matroid"
@@ -115,10 +116,12 @@ class Guarantee:
         ):
             return self
         share = -math.expm1(-ratio) * (1 - 2.0**-51)
-        return replace(self, ratio=share, note=f"submodularity ratio at least {ratio:.3g}")
+        down = Context(prec=3, rounding=ROUND_FLOOR).create_decimal_from_float(ratio)
+        return replace(self, ratio=share, note=f"submodularity ratio at least {float(down):g}")
 
     def __str__(self) -> str:
-        share = "exact" if self.ratio == 1 else f"at least {self.ratio:.4f} of the optimum"
+        down = Decimal(repr(self.ratio)).quantize(Decimal("0.0001"), ROUND_FLOOR)
+        share = "exact" if self.ratio == 1 else f"at least {down} of the optimum"
         if self.ratio == 0:
             share = "no constant guaranteed"
         text = f"{share} ({self.algorithm}, {self.constraint}, {self.objective}): {self.source}"

@@ -10,7 +10,7 @@ import numpy as np
 from lorambo_alloc.objectives import FloatArray
 from lorambo_alloc.submodular.constraints import Constraint, Mask
 from lorambo_alloc.submodular.greedy import Run, greedy
-from lorambo_alloc.submodular.guarantees import LOCAL_SEARCH_EPSILON
+from lorambo_alloc.submodular.guarantees import KNAPSACK, LOCAL_SEARCH_EPSILON
 from lorambo_alloc.submodular.objectives import SetFunction, State
 
 LARGEST_RANK = 16
@@ -39,10 +39,12 @@ def local_search(
         objective: monotone, and submodular for the guarantee.
         matroid: on the same elements.
         time_limit: seconds; when they are over, the better of greedy's set and the present one is
-            returned, and `complete` is False.
+            returned, and `complete` is False. So it is where exchanges go in a circle, as they may
+            if f is not what it claims, or as good as singular.
 
     Raises:
-        ValueError: the matroid's rank is above 16, or it is about another number of elements.
+        ValueError: the matroid's rank is above 16, it is about another number of elements, or
+            it is a knapsack.
 
     References:
         Filmus, Ward, Monotone submodular maximization over a matroid via non-oblivious local
@@ -55,6 +57,8 @@ def local_search(
         >>> greedy(f, one_of_two).items, local_search(f, one_of_two).items
         ((0,), (2, 1))
     """
+    if matroid.kind == KNAPSACK:
+        raise ValueError("local search: expected a matroid, got a knapsack; use select")
     deadline = math.inf if time_limit is None else time.monotonic() + time_limit
     start = greedy(objective, matroid)
     base = _extend(objective, matroid, start.items)
@@ -64,8 +68,8 @@ def local_search(
             f"terms; expected a rank of at most {LARGEST_RANK}; use 'greedy'"
         )
     improved, complete = _search(objective, matroid, base, deadline)
-    if objective.value(improved) > objective.value(start.items):
-        items = _in_greedy_order(objective, improved)
+    items = _in_greedy_order(objective, improved)
+    if objective.value(items) > objective.value(start.items):
         return Run(items, items, complete)
     return Run(start.items, start.items, complete)
 
@@ -95,9 +99,13 @@ def _search(
     # The second exceeds the first by k D at most, so f(O) <= e / (e - 1) f(S) + k D.
     k = len(base)
     chosen = base.copy()
+    seen: set[frozenset[int]] = set()
     while k:
-        if time.monotonic() >= deadline:
+        # The potential of a base seen before cannot have grown: rounding decides, or f is not
+        # what it claims. The theorem is lost then, and without this the search might not end.
+        if time.monotonic() >= deadline or frozenset(chosen) in seen:
             return chosen, False
+        seen.add(frozenset(chosen))
         gains = potential_gains(objective, chosen)
         best, place, element = -math.inf, -1, -1
         for i in range(k):

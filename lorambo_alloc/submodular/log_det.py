@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from lorambo_alloc.costs import PerLayer
 from lorambo_alloc.objectives import FloatArray, IntArray, positive_number
-from lorambo_alloc.submodular.matrices import DEPENDENT, GrowingFactor, principal, symmetric
+from lorambo_alloc.submodular.matrices import GrowingFactor, principal, symmetric
 from lorambo_alloc.submodular.objectives import ROUNDING, Ceiling, Relaxation, SetFunction, State
 
 _INDEFINITE = "C: expected a positive semidefinite matrix, but I + C / rho is not positive definite"
@@ -30,11 +29,11 @@ class _LogDetState:
 
     def gains(self, candidates: IntArray | None = None) -> FloatArray:
         at = slice(None) if candidates is None else candidates
-        pivots, diagonal = self._factor.pivots[at], self._factor.diagonal[at]
-        # M = I + C / rho has no eigenvalue below 1, hence no pivot: less is rounding. A pivot far
-        # below its diagonal entry is rounding too, and its gain counts as 0.
-        pivots = np.where(pivots > DEPENDENT * diagonal, np.maximum(pivots, 1.0), 1.0)
-        return 0.5 * np.log(pivots)
+        # M = I + C / rho has no eigenvalue below 1, hence no pivot: less is rounding. `LogDet`
+        # keeps rho so large that rounding does not reach 1, and no candidate counts as dependent.
+        pivots = np.maximum(self._factor.pivots[at], 1.0)
+        gains: FloatArray = 0.5 * np.log(pivots)
+        return gains
 
     def add(self, element: int) -> None:
         gain = float(self.gains(np.array([element]))[0])
@@ -53,7 +52,7 @@ class LogDet(SetFunction):
     Args:
         C: n x n, symmetric to 1e-10 of its largest diagonal entry and positive semidefinite
             (assumed; its diagonal and 2 x 2 minors are checked, and so is each pivot met).
-        rho: noise, finite and > 0, in the units of C; from 2^-900 to 2^40 times its largest entry.
+        rho: noise, finite and > 0, in the units of C; from 2^-32 to 2^40 times its largest entry.
         layers: the layer of each candidate; then an answer counts the candidates of each layer.
 
     Raises:
@@ -75,10 +74,11 @@ class LogDet(SetFunction):
         self.layers = layer_names(layers, self.n)
         with np.errstate(over="ignore"):
             ratio = float(self.C.diagonal().max(initial=0.0)) / self.rho
-        # Beyond, 1 + C_jj / rho is rounding on one side, or overflows in sums on the other.
-        if ratio and not 2.0**-40 <= ratio <= 2.0**900:
+        # Beyond, C_jj / rho is rounding beside 1 on one side, and 1 beside C_jj / rho on the other:
+        # of two like candidates the second would add half a bit in truth, and anything here.
+        if ratio and not 2.0**-40 <= ratio <= 2.0**32:
             raise ValueError(
-                f"rho: expected max C_jj / rho from 2^-40 to 2^900, got {ratio!r} with rho {rho!r}"
+                f"rho: expected max C_jj / rho from 2^-40 to 2^32, got {ratio!r} with rho {rho!r}"
             )
 
     def start(self) -> State:
@@ -98,11 +98,13 @@ class LogDet(SetFunction):
         The computed factor is that of a matrix M + E with |E| <= (k + 1) u trace(M) or so (Higham,
         Accuracy and Stability of Numerical Algorithms, theorem 10.3). No eigenvalue of M is below
         1, so each of the k of M^-1/2 E M^-1/2 is at most |E|, and 1/2 log det is off by at most
-        k |E|.
+        k |E| while |E| <= 1/2. Of a set too large for that a prefix is taken.
         """
         from scipy.linalg import solve_triangular
 
         chosen = list(items)
+        while chosen and self._backward_error(len(chosen) + 1) > 0.5:
+            del chosen[len(chosen) // 2 :]
         diagonal = self.C.diagonal() / self.rho + 1.0
         try:
             lower = np.linalg.cholesky(principal(self.C, chosen, 1 / self.rho, 1.0))
@@ -119,8 +121,17 @@ class LogDet(SetFunction):
         base = float(np.log(lower.diagonal()).sum()) * (1 + (k + 8) * ROUNDING)
         return [(base + float(np.max(error[chosen], initial=0.0)), weights)]
 
+    def _backward_error(self, size: int) -> float:
+        """|E| for a set of so many elements, at most."""
+        largest = float(self.C.diagonal().max(initial=0.0)) / self.rho + 1.0
+        return 2 * (size + 8) * ROUNDING * size * largest
 
-def layer_names(layers: PerLayer[str] | None, n: int) -> tuple[str, ...] | None:
+    def rounding(self, size: int, value: float) -> float:
+        """How far the value of a set of so many elements may be from f, as in `ceilings`."""
+        return size * self._backward_error(size)
+
+
+def layer_names(layers: Sequence[str] | None, n: int) -> tuple[str, ...] | None:
     """One layer name a candidate.
 
     Raises:
@@ -128,6 +139,8 @@ def layer_names(layers: PerLayer[str] | None, n: int) -> tuple[str, ...] | None:
     """
     if layers is None:
         return None
+    if isinstance(layers, (str, Mapping)):
+        raise ValueError(f"layers: expected one name a candidate, in their order, got {layers!r}")
     names = tuple(layers)
     if len(names) != n:
         raise ValueError(f"layers: expected one name for each of {n} candidates, got {len(names)}")

@@ -104,6 +104,28 @@ def least_eigenvalue(matrix: FloatArray) -> float:
     return bound
 
 
+def bounded_below(matrix: FloatArray, floor: float) -> bool:
+    """Whether a Cholesky factor proves every eigenvalue of a symmetric matrix to be above a floor.
+
+    Args:
+        matrix: n x n; copied once.
+        floor: any number. A floor within 4 (n + 4) u of the trace of the least eigenvalue may
+            be left unproved.
+    """
+    from scipy.linalg import cho_factor
+
+    n = len(matrix)
+    shifted = matrix.copy()
+    # The trace of what is factored, were all of it on the diagonal.
+    trace = float(matrix.trace()) + n * abs(floor)
+    shifted[np.diag_indices(n)] -= floor + 4 * (n + 4) * ROUNDING * trace
+    try:
+        cho_factor(shifted.T, overwrite_a=True, check_finite=False)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
 class GrowingFactor:
     """The Cholesky factor of M_SS for a set S that grows, beside all of M's columns.
 

@@ -98,9 +98,19 @@ class SetFunction(ABC):
             within: the sets for which the bound should be tight; it holds for all.
         """
 
+    def rounding(self, size: int, value: float) -> float:
+        """How far a computed value may be from f, for values up to so much of so many elements.
+
+        0 where that is a matter of the last bits, which every tolerance covers.
+        """
+        return 0.0
+
     def sketch(self, state: State) -> Ceiling:
         """What `ceilings` would say at a set, to rounding, from the gains at hand."""
         return state.value, state.gains()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {self.n} elements, {self.kind}"
 
     def check_items(self, items: Iterable[int]) -> list[int]:
         """Elements as ints.

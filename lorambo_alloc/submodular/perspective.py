@@ -52,7 +52,8 @@ class Perspective:
 
     def weights(self, image: FloatArray) -> FloatArray:
         """The weight of each element, given R w."""
-        return (self.b - image) ** 2 / (2 * self.p)
+        slopes = self.b - image
+        return slopes / (2 * self.p) * slopes
 
     def bound(self, w: FloatArray, image: FloatArray, within: Relaxation) -> float:
         """The bound over a constraint's sets, to rounding."""
@@ -98,7 +99,8 @@ class Perspective:
         error = 2 * unit * size + 2 * ROUNDING * np.abs(self.b)
         number = 0.5 * float(w @ image)
         number += float(np.abs(w) @ (error + 2 * unit * np.abs(image)))
-        weights = (np.abs(self.b - image) + error) ** 2 / (2 * self.p) * (1 + 8 * ROUNDING)
+        slopes = np.abs(self.b - image) + error
+        weights = slopes / (2 * self.p) * slopes * (1 + 8 * ROUNDING)
         if not math.isfinite(number):
             return math.inf, np.zeros(len(w))
         # What underflows is far below 2^-1000; and `CoupledQuadratic` refuses gains all near it.

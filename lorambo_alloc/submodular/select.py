@@ -147,12 +147,14 @@ def select(
         >>> selection.items, selection.cost, selection.ranks
         ((0, 2), 5, {'q': 1, 'v': 1})
     """
+    if not isinstance(objective, SetFunction):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"objective: expected a set function, got {objective!r}")
     constraint, charged = _constraint(objective, costs, budget, constraint)
     constraint.check(objective.n)
     if time_limit is not None and not real_number(time_limit) >= 0:
         raise ValueError(f"time_limit: expected seconds >= 0, got {time_limit!r}")
     if isinstance(constraint, Knapsack) and algorithm in ("auto", "greedy"):
-        constraint = _as_cardinality(constraint)
+        constraint = constraint.as_cardinality()
     name = _automatic(objective, constraint) if algorithm == "auto" else algorithm
     row = guarantee(constraint.kind, name, objective.kind)
     run = _run(objective, constraint, name, time_limit)
@@ -184,6 +186,8 @@ def _constraint(
     if constraint is not None:
         if costs is not None or budget is not None:
             raise ValueError("constraint: expected either a constraint or costs and a budget")
+        if not isinstance(constraint, Constraint):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"constraint: expected a constraint, got {constraint!r}")
         return constraint, constraint
     if budget is None:
         raise ValueError("budget: expected a whole number >= 0, or a constraint; got neither")
@@ -207,13 +211,6 @@ def _costs(objective: SetFunction, costs: PerLayer[int]) -> Sequence[int]:
         if name not in objective.layers:
             raise ValueError(f"costs: layer {name!r} is not among the objective's layers")
     return [costs[name] for name in objective.layers]
-
-
-def _as_cardinality(knapsack: Knapsack) -> Constraint:
-    """Equal costs only count elements."""
-    if len(knapsack.costs) and (knapsack.costs == knapsack.costs[0]).all():
-        return Cardinality(knapsack.budget // int(knapsack.costs[0]))
-    return knapsack
 
 
 def _automatic(objective: SetFunction, constraint: Constraint) -> str:

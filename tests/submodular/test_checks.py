@@ -205,6 +205,35 @@ def test_every_prefix_counts():
     assert seen == set(range(101))
 
 
+@pytest.mark.parametrize("budget", [10, 14, 15])
+def test_equal_costs_are_counted_here_too(budget):
+    """2.8 of three like elements fit a fractional knapsack; greedy is no worse for that."""
+    f, knapsack = Modular([1.0, 1.0, 1.0]), Knapsack([5, 5, 5], budget)
+    check = bound_check(f, knapsack)
+    assert check.guarantee.constraint == "cardinality"
+    assert check.instance_bound == pytest.approx(budget // 5, rel=1e-14)
+    assert check.conclusive
+    assert check.passed
+    named = select(f, constraint=knapsack, algorithm="density greedy")
+    assert not bound_check(f, knapsack, named).conclusive
+
+
+def test_an_answer_to_a_cardinality_proves_nothing_about_a_matroid():
+    f = Modular([2.0, 2.0, 1.0])
+    selection = select(f, budget=1)
+    assert bound_check(f, Cardinality(1), selection).conclusive
+    assert not bound_check(f, PartitionMatroid("aab", 1), selection).conclusive
+
+
+def test_small_noise_is_no_violation():
+    """The determinants of nearly singular matrices differ by more than 1e-9 for no reason."""
+    for seed in range(20):
+        x = np.random.default_rng(seed).integers(-2, 3, (2, 5)).astype(float)
+        matrix = x.T @ x + np.eye(5)
+        f = LogDet(matrix, float(matrix.max()) * 2.0**-32)
+        assert bound_check(f, Cardinality(3)).violations == ()
+
+
 def test_how_many_elements_are_looked_at_exhaustively():
     assert bound_check(Modular(np.ones(10)), Cardinality(1)).exhaustive
     assert not bound_check(Modular(np.ones(11)), Cardinality(1)).exhaustive

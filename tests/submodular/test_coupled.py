@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorambo_alloc.submodular import Cardinality, CoupledQuadratic, coupled, select
+from lorambo_alloc.submodular import Cardinality, CoupledQuadratic, bound_check, coupled, select
 from lorambo_alloc.submodular.coupled import CoupledQuadratic as Coupled
+from lorambo_alloc.submodular.matrices import DEPENDENT
 from lorambo_alloc.submodular.perspective import Perspective
 from tests.strategies import examples, seeds
 from tests.submodular import drawn, exact
@@ -83,6 +84,11 @@ def test_the_callers_array_is_not_changed():
             ([2.0**-451], [[1.0]]),
             r"^b: expected a largest gain b_j\^2 / \(C_jj \+ rho\) from ",
         ),
+        (
+            ([1.0, 1.0], np.diag([1.0, 2.0**-901])),
+            r"^C: expected every C_jj \+ rho to be 0 or from 2\^-900 to 2\^900, got 5.9.* to 1.0;",
+        ),
+        (([1.0], [[2.0**901]]), r"^C: expected every C_jj \+ rho .*; choose other units$"),
         (([1.0], [[1.0]], 0.0, []), r"^layers: expected one name for each of 1 candidates, got 0$"),
     ],
 )
@@ -244,3 +250,87 @@ def test_a_point_beyond_the_range_of_doubles_bounds_nothing():
     with np.errstate(over="ignore", invalid="ignore"):
         base, weights = dual.ceiling(np.full(2, 1e300))
     assert (base, weights.tolist()) == (math.inf, [0, 0])
+
+
+def test_the_range_of_curvatures():
+    for size in (2.0**-900, 2.0**900):
+        f = CoupledQuadratic([size**0.5], [[size]])
+        assert f.value([0]) == 0.5
+        assert select(f, budget=1).ratio > 0.99
+
+
+def test_slopes_whose_squares_underflow():
+    """2^-1100 is 0 in doubles; divided by 2^-800 it is 2^-300, and no bound is below that."""
+    f = CoupledQuadratic([1.0, 2.0**-550], np.diag([1.0, 2.0**-800]))
+    assert f.start().gains().tolist() == [0.5, 2.0**-301]
+    selection = select(f, [5, 1], 1)
+    assert (selection.items, selection.value) == ((1,), 2.0**-301)
+    assert selection.value <= selection.upper_bound < 1.001 * selection.value
+    value, weights = f.sketch(f.start())
+    assert value == 0
+    assert weights == pytest.approx([0.5, 2.0**-301], rel=1e-5)
+
+
+def test_units_of_one_candidate_do_not_make_it_dependent():
+    """The first two are copies, so the system is singular; the third is of other units only."""
+    matrix = np.array([[1.0, 1.0, 0], [1.0, 1.0, 0], [0, 0, 2.0**-60]])
+    f = CoupledQuadratic([1.0, 1.0, 2.0**-30], matrix)
+    assert f.value([0, 1, 2]) == pytest.approx(1.0, rel=1e-12)
+    assert bound_check(f, Cardinality(2)).violations == ()
+
+
+def test_a_value_is_never_negative():
+    apart = 2.0**-40
+    f = CoupledQuadratic([1.0, -1.0], [[1.0, 1 - apart], [1 - apart, 1.0]])
+    assert f.value([0, 1]) >= 0
+
+
+def test_curvature_of_single_precision_is_bounded_too():
+    """Its eigenvalues are below 0 by more than the damping's 2^-40 of the trace; that is found."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 60)).astype(np.float32)
+    matrix = (x.T @ x).astype(np.float64)
+    matrix = (matrix + matrix.T) / 2
+    least = float(np.linalg.eigvalsh(matrix)[0])
+    trace = float(matrix.trace())
+    assert least < -(2.0**-40) * trace
+    f = CoupledQuadratic(rng.standard_normal(60), matrix, 10 * abs(least))
+    for p in f.floors:
+        shifted = matrix + np.diag(f.rho - p)
+        assert np.linalg.eigvalsh(shifted)[0] > -1e-14 * trace
+    # 2^-40, 2^-38, ... of the trace: the first that is proved is taken, if the damping exceeds it.
+    share = 2.0**-40
+    while share * trace < abs(least):
+        share *= 4
+    assert f.floors[0] == pytest.approx(np.full(60, f.rho - share * trace), rel=1e-14)
+    assert CoupledQuadratic(f.b, matrix, 0.9 * abs(least)).floors == []
+
+
+def test_beyond_what_is_proved_a_share_of_the_trace_is_assumed(monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 6)).astype(np.float32)
+    matrix = (x.T @ x).astype(np.float64)
+    matrix = (matrix + matrix.T) / 2
+    monkeypatch.setattr(coupled, "PROVED_UP_TO", 5)
+    f = CoupledQuadratic(np.ones(6), matrix, 1e-3)
+    assert f.floors[0] == pytest.approx(1e-3 - 2.0**-40 * matrix.trace(), rel=1e-14)
+    assert f.floors[0].max() < 1e-3 - 2.0**-40 * matrix.trace()
+    zero = CoupledQuadratic(np.ones(2), np.zeros((2, 2)), 4.0)
+    assert zero.floors[0] == pytest.approx([4, 4], rel=1e-14)
+
+
+def test_large_damping_does_not_round_the_ratio_up():
+    matrix = np.array([[4.0, -4.0], [-4.0, 4.0]])
+    for rho in 1e6 * (1 + np.arange(100) / 64):
+        f = CoupledQuadratic([1.0, 1.0], matrix, float(rho))
+        assert Fraction(f.submodularity_ratio()) <= Fraction(rho) / (Fraction(rho) + 4)
+        assert f.submodularity_ratio() == pytest.approx(rho / (4 + rho), rel=1e-5)
+
+
+def test_how_small_a_ratio_is_cited():
+    for apart, known in [(2.0**-34, False), (2.0**-31, True)]:
+        f = CoupledQuadratic([1.0, 1.0], [[1.0, 1 - apart], [1 - apart, 1.0]])
+        assert (f.submodularity_ratio() > 0) == known
+        assert len(f.floors) == 1
+        least = max(f.submodularity_ratio(), DEPENDENT)
+        assert f.rounding(2, 3.0) == pytest.approx(2 * 10 * 2.0**-53 / least * 3)

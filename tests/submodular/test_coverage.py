@@ -41,6 +41,12 @@ def test_modular():
         ([[0], [-1]], None, r"^sets: element 1: expected a whole number >= 0, got -1$"),
         ([[0.5]], None, r"^sets: element 0: expected a whole number >= 0, got 0.5$"),
         ([[3]], [1, 1, 1], r"^weights: expected one for each of 4 points, got 3$"),
+        (
+            [[0, 1]],
+            [1e308, 1e308],
+            r"^weights: expected a sum of at most 2\^900, got inf; choose o",
+        ),
+        ([[0, 1]], [2.0**900, 2.0**850], r"^weights: expected a sum of at most 2\^900, got 8"),
         ([[0]], [-1.0], r"^weights: expected numbers >= 0, got -1.0 at 0$"),
     ],
 )
@@ -52,3 +58,16 @@ def test_what_is_no_coverage(sets, weights, message):
 def test_a_modular_weight_may_not_be_negative():
     with pytest.raises(ValueError, match=r"^weights: expected numbers >= 0, got -2.0 at 1$"):
         Modular([1, -2])
+
+
+def test_how_large_weights_may_be():
+    assert Modular([2.0**900, 0.0]).value([0]) == 2.0**900
+
+
+def test_as_text():
+    assert repr(Modular([1.0, 2.0])) == "Modular of 2 elements, modular"
+
+
+def test_an_element_without_a_collection_of_points_is_named():
+    with pytest.raises(ValueError, match=r"^sets: element 1: expected a collection of points, got"):
+        Coverage([{0}, 2])  # pyright: ignore[reportArgumentType]

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from lorambo_alloc.submodular import Cardinality, Function
+from lorambo_alloc.submodular import Cardinality, Function, select
 
 
 def test_each_set_is_asked_about_once():
@@ -65,3 +65,15 @@ def test_the_empty_set_is_worth_nothing():
         Function(2, lambda s: 1 + len(s))
     with pytest.raises(ValueError, match=r"^n: expected a whole number >= 0, got -1$"):
         Function(-1, len)
+
+
+def test_what_is_no_function():
+    with pytest.raises(ValueError, match=r"^f: expected a function of a frozenset, got 5$"):
+        Function(2, 5)  # pyright: ignore[reportArgumentType]
+
+
+def test_values_near_the_largest_double():
+    f = Function(3, lambda s: 1e308 * bool(s))
+    selection = select(f, budget=2)
+    assert selection.value == 1e308
+    assert selection.upper_bound == pytest.approx(1e308, rel=1e-14)

@@ -123,3 +123,8 @@ def test_knapsacks_must_fit(algorithm):
     with pytest.raises(ValueError, match=r"^costs: expected one for each of 1 elements, got 2$"):
         algorithm(Modular([1.0]), Knapsack([1, 1], 1))
     assert algorithm(Modular(np.zeros(0)), Knapsack([], 1)).items == ()
+
+
+def test_density_needs_a_knapsack():
+    with pytest.raises(ValueError, match=r"^knapsack: expected a Knapsack, got"):
+        density_greedy(Modular([1.0]), Cardinality(1))  # pyright: ignore[reportArgumentType]

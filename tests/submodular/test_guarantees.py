@@ -121,6 +121,13 @@ def test_as_text():
         "no constant guaranteed (a, c, o): s; n"
     )
     assert LOCAL_SEARCH_EPSILON == 0.001
+    # Rounded down, all of them.
+    assert str(guarantee("knapsack", "two guesses", "modular")).startswith("at least 0.6666 of")
+    for ratio, text in [(0.405, "0.4050"), (0.6174, "0.6174"), (0.99999, "0.9999")]:
+        assert str(Guarantee("c", "a", "o", ratio, "s")).startswith(f"at least {text} of")
+    weak = guarantee("cardinality", "greedy", "weakly submodular")
+    for ratio, text in [(0.7499999, "0.749"), (0.5, "0.5"), (1.2399e-9, "1.23e-09"), (1.0, "1")]:
+        assert weak.with_submodularity_ratio(ratio).note == f"submodularity ratio at least {text}"
 
 
 def test_nothing_is_claimed_of_a_knapsack_but_by_name():

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from lorambo_alloc.submodular import (
     Coverage,
+    Function,
+    Knapsack,
     LaminarMatroid,
     Modular,
     PartitionMatroid,
@@ -127,3 +129,27 @@ def test_an_exchange_must_gain_enough_potential(weight, exchanged):
     f = Coverage([[0], [1], [0]], weights=[1.0, weight])
     run = local_search(f, PartitionMatroid("aab", 1))
     assert run.items == ((2, 1) if exchanged else (0,))
+
+
+def test_the_search_ends_even_if_the_function_lies():
+    """Values fall, so that no exchange gains nothing, measured against a value below 0."""
+    f = Function(3, lambda s: -len(s))
+    run = local_search(f, PartitionMatroid("aab", 1))
+    assert (run.items, run.complete) == ((), False)
+
+
+def test_a_knapsack_is_no_matroid():
+    with pytest.raises(ValueError, match=r"^local search: expected a matroid, got a knapsack"):
+        local_search(Modular([1.0]), Knapsack([1], 1))
+
+
+def test_the_answer_is_never_below_greedy():
+    """Weakly submodular: in greedy's order, elements of use only together drop out."""
+
+    def f(s):
+        return 10.0 * ({0, 1} <= s) + (2 in s)
+
+    weak = Function(4, f, submodular=False)
+    matroid = PartitionMatroid("aabb", {"a": 2, "b": 1})
+    start, found = greedy(weak, matroid), local_search(weak, matroid)
+    assert weak.value(found.items) >= weak.value(start.items) == 1

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lorambo_alloc.submodular.matrices import (
     DEPENDENT,
     GrowingFactor,
+    bounded_below,
     least_eigenvalue,
     principal,
     symmetric,
@@ -171,3 +172,23 @@ def test_principal_blocks():
     matrix = np.array([[1.0, 2.0, 3.0], [2.0, 5.0, 6.0], [3.0, 6.0, 9.0]])
     assert principal(matrix, [2, 0], 2.0, 1.0).tolist() == [[19.0, 6.0], [6.0, 3.0]]
     assert principal(matrix, [], 2.0, 1.0).shape == (0, 0)
+
+
+@given(seeds())
+def test_a_floor_is_proved_only_if_it_is_one(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 7))
+    eigenvalues = rng.integers(-4, 9, n).astype(float)
+    basis = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    matrix = (basis * eigenvalues) @ basis.T
+    matrix = (matrix + matrix.T) / 2
+    before = matrix.copy()
+    assert bounded_below(matrix, eigenvalues.min() - 1e-12)
+    assert not bounded_below(matrix, eigenvalues.min() + 1e-12)
+    assert (matrix == before).all()
+
+
+def test_a_floor_within_rounding_is_not_proved():
+    assert not bounded_below(np.ones((2, 2)), 0.0)
+    assert not bounded_below(np.ones((2, 2)), -(2.0**-50))
+    assert bounded_below(np.ones((2, 2)), -(2.0**-47))

@@ -124,6 +124,36 @@ def test_equal_costs_only_count():
         select(f, [5, 5, 4], 14, algorithm="greedy")
 
 
+def test_a_budget_beyond_64_bits_is_spent():
+    n = 1100
+    knapsack = Knapsack([2**53] * (n - 1) + [2**53 - 1], n * 2**53)
+    selection = select(Modular([1.0] * n), constraint=knapsack)
+    assert len(selection) == n
+    assert selection.cost == n * 2**53 - 1
+    assert knapsack.feasible(range(n), n)
+    assert not Knapsack([2**53] * n, n * 2**53 - 1).feasible(range(n), n)
+
+
+def test_near_singular_candidates_are_promised_nothing():
+    """Greedy takes the second for a copy of the first; together they are worth 2^40."""
+    apart = 2.0**-40
+    f = CoupledQuadratic([1.0, -1.0], [[1.0, 1 - apart], [1 - apart, 1.0]])
+    selection = select(f, budget=2)
+    best = exact.optimum(f, Cardinality(2))
+    assert best == 2**40
+    assert selection.guarantee.ratio == 0
+    assert best <= selection.upper_bound < 1.1 * best
+
+
+def test_what_is_no_objective_or_constraint():
+    with pytest.raises(ValueError, match=r"^objective: expected a set function, got \[1.0\]$"):
+        select([1.0], budget=1)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^constraint: expected a constraint, got 3$"):
+        select(Modular([1.0]), constraint=3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^costs: expected one an element, got 3$"):
+        select(Modular([1.0]), 3, 3)  # pyright: ignore[reportArgumentType]
+
+
 def test_a_budget_without_costs_counts():
     selection = select(Modular([1.0, 3.0, 2.0]), budget=2)
     assert (selection.items, selection.value, selection.cost) == ((1, 2), 5.0, 2)
@@ -152,7 +182,7 @@ def test_the_submodularity_ratio_is_cited_where_it_is_proved():
     f = CoupledQuadratic([1.0, 1.0], [[1.0, 0.5], [0.5, 1.0]], 1.0)
     row = select(f, budget=1).guarantee
     assert row.ratio == pytest.approx(1 - math.exp(-0.75), rel=1e-4)
-    assert row.note == "submodularity ratio at least 0.75"
+    assert row.note == "submodularity ratio at least 0.749"
     assert select(f, [1, 2], 2).guarantee.ratio == 0
     assert select(f, constraint=PartitionMatroid("ab", 1)).guarantee.ratio == 0
     unknown = Function(2, len, submodular=False)
