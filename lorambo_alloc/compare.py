@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
+from types import NoneType
 from typing import TypeAlias, cast
 
 import numpy as np
@@ -14,6 +14,7 @@ from lorambo_alloc.allocation import Allocation
 from lorambo_alloc.arithmetic import round_down
 from lorambo_alloc.baselines import RULES
 from lorambo_alloc.caps import Caps
+from lorambo_alloc.comparison import Comparison, ComparisonRow, exact_value
 from lorambo_alloc.costs import PerLayer, UniformRank
 from lorambo_alloc.limits import AllowedRanks, Limit
 from lorambo_alloc.objectives import Objective
@@ -25,128 +26,6 @@ OPTIMUM = "allocate"
 
 Rules: TypeAlias = Iterable[str] | Mapping[str, Callable[[Problem], Allocation]]
 """Names of baselines, or names to functions from a problem to an allocation of it."""
-
-
-@dataclass(frozen=True, repr=False)
-class ComparisonRow:
-    """What one rule achieved.
-
-    Attributes:
-        rule: its name; "allocate" for the library's own answer.
-        allocation: its ranks, with a certificate of their own.
-        share: of the optimum's value, between 0 and 1, rounded down. Where the optimum is not
-            proven: of the upper bound, so that the share of the optimum is no less. None for a
-            value below 0, 1 where nothing can be gained.
-            For `operator`: of the way from the largest value discarded at rank 0 to the least.
-        status: `optimal_exact` where the value is that of the proven optimum; else the status of
-            the allocation's own certificate.
-    """
-
-    rule: str
-    allocation: Allocation
-    share: float | None
-    status: str
-
-    @property
-    def value(self) -> float:
-        """The sum of the gains, rounded down (`operator`: minus the largest discarded value)."""
-        return self.allocation.value
-
-    @property
-    def cost(self) -> int:
-        """What the ranks cost, in the units of the budget."""
-        return self.allocation.cost
-
-    @property
-    def spent(self) -> float:
-        """The cost as a share of the budget; 1.0 of a budget of 0."""
-        return self.cost / self.allocation.budget if self.allocation.budget else 1.0
-
-    @property
-    def least_rank(self) -> int:
-        """The least rank of any layer; 0 without layers."""
-        return int(np.min(self.allocation.ranks)) if len(self.allocation) else 0
-
-    @property
-    def greatest_rank(self) -> int:
-        """The greatest rank of any layer; 0 without layers."""
-        return int(np.max(self.allocation.ranks, initial=0))
-
-    def __repr__(self) -> str:
-        share = "-" if self.share is None else _percent(Fraction(self.share))
-        return (
-            f"ComparisonRow({self.rule}: value {self.value:.6g}, share {share}, "
-            f"cost {self.cost:,}, ranks {self.least_rank}..{self.greatest_rank}, "
-            f"{self.status.replace('_', ' ')})"
-        )
-
-
-@dataclass(frozen=True, repr=False)
-class Comparison:
-    """Rows of a comparison: the library's own answer first, then the rules, best value first.
-
-    Attributes:
-        rows: the rows.
-        proven: whether the first row is optimal exactly, so that shares are of the optimum; else
-            they are of its upper bound.
-        skipped: rules that do not apply to the problem, with the reason.
-    """
-
-    rows: tuple[ComparisonRow, ...]
-    proven: bool
-    skipped: Mapping[str, str]
-
-    @property
-    def best(self) -> ComparisonRow:
-        """The row of the greatest value; of equals the first."""
-        return max(self.rows, key=lambda row: _value(row.allocation))
-
-    def __iter__(self) -> Iterator[ComparisonRow]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, rule: str) -> ComparisonRow:
-        for row in self.rows:
-            if row.rule == rule:
-                return row
-        raise KeyError(rule)
-
-    def __repr__(self) -> str:
-        problem = self.rows[0].allocation.problem
-        share = "of optimum" if self.proven else "of bound"
-        table = [("rule", "value", share, "cost", "of budget", "ranks", "status")]
-        for row in self.rows:
-            table.append(
-                (
-                    row.rule,
-                    f"{row.value:.6g}",
-                    "-" if row.share is None else _percent(Fraction(row.share)),
-                    f"{row.cost:,}",
-                    _percent(Fraction(row.cost, problem.budget)) if problem.budget else "all",
-                    f"{row.least_rank}..{row.greatest_rank}",
-                    row.status.replace("_", " "),
-                )
-            )
-        widths = [max(len(line[n]) for line in table) for n in range(len(table[0]))]
-        left = (0, len(widths) - 1)
-        lines = [
-            "  ".join(
-                cell.ljust(width) if n in left else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in table
-        ]
-        lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-        lines.append(lines[1])
-        lines.append(
-            f"{len(problem.names)} layers, objective {problem.objective}, budget {problem.budget:,}"
-        )
-        if not self.proven:
-            lines.append("shares are of the upper bound: of the optimum they are no less")
-        lines += [f"left out: {rule}: {reason}" for rule, reason in self.skipped.items()]
-        return "\n".join(lines)
 
 
 def compare(
@@ -250,13 +129,13 @@ def compare(
             skipped[rule] = str(error)
             continue
         others.append((rule, _checked(rule, allocation, problem)))
-    others.sort(key=lambda other: _value(other[1]), reverse=True)
+    others.sort(key=lambda other: exact_value(other[1]), reverse=True)
     proven = answer.certificate.status == "optimal_exact"
-    most = _value(answer) if proven else Fraction(answer.certificate.upper_bound)
+    most = exact_value(answer) if proven else Fraction(answer.certificate.upper_bound)
     start = _start(problem)
     rows: list[ComparisonRow] = []
     for rule, allocation in [(OPTIMUM, answer), *others]:
-        value = _value(allocation)
+        value = exact_value(allocation)
         status = allocation.certificate.status
         if proven and value == most:
             status = answer.certificate.status
@@ -277,10 +156,13 @@ def _chosen(rules: Rules | None, fill: bool) -> dict[str, Callable[[Problem], Al
         return own
     if isinstance(rules, str):
         rules = [rules]
+    known = ", ".join(map(repr, RULES))
+    if not isinstance(rules, (Iterable, NoneType)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"rules: expected some of {known}, or names to functions, got {rules!r}")
     names = list(RULES if rules is None else rules)
     for name in names:
-        if name not in RULES:
-            raise ValueError(f"rules: expected some of {', '.join(map(repr, RULES))}, got {name!r}")
+        if not isinstance(name, str) or name not in RULES:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"rules: expected some of {known}, got {name!r}")
     return {name: partial(RULES[name], fill=fill) for name in names}
 
 
@@ -296,11 +178,6 @@ def _checked(rule: str, allocation: object, problem: Problem) -> Allocation:
     return allocation
 
 
-def _value(allocation: Allocation) -> Fraction:
-    """The value, exactly, whatever a certificate says."""
-    return allocation.problem.value_of(allocation.ranks)
-
-
 def _start(problem: Problem) -> Fraction:
     """The value of rank 0 everywhere, from which shares are counted."""
     return problem.value_of(np.zeros(len(problem.names), dtype=np.int64))
@@ -311,9 +188,3 @@ def _share(gained: Fraction, most: Fraction) -> float | None:
     if gained < 0:
         return None
     return round_down(gained / most) if most else 1.0
-
-
-def _percent(share: Fraction) -> str:
-    """Rounded down, so that 100.00% means all."""
-    hundredths = int(share * 10_000)
-    return f"{hundredths // 100}.{hundredths % 100:02}%"

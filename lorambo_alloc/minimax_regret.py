@@ -4,128 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lorambo_alloc.curves import GainCurves
 from lorambo_alloc.objectives import FloatArray, IntArray
-from lorambo_alloc.problem import InfeasibleError, Problem
+from lorambo_alloc.problem import InfeasibleError
+from lorambo_alloc.regret import exact_regrets
+from lorambo_alloc.sample_curves import MeanCurves, SampleCurves
 from lorambo_alloc.solve import solve
 
 # Each weighting is a mean of the best so far and the linear program's, which leaps about.
 _SMOOTHING = 0.7
-_CHUNK = 32  # rank vectors whose values are taken at once
-
-
-@dataclass(frozen=True)
-class MeanCurves:
-    """A weighted mean of the samples' curves, to rounding.
-
-    Attributes:
-        curves: the mean in units of 2^exponent.
-        exponent: of those units.
-        error: no rank vector's mean value differs by more from that of the curves, in units of 1.
-    """
-
-    curves: GainCurves
-    exponent: int
-    error: Fraction
-
-
-class SampleCurves:
-    """The curves of all samples as one matrix, of which weighted means are quick.
-
-    Where every sample has gains of single ranks, a row has those; else the curves themselves.
-    Sample s is in units of 2^exponents[s], its greatest entry just below 1.
-
-    Args:
-        problems: one a sample, alike but for the gains.
-        keywords: what other problems with the same layers, costs and limits take.
-    """
-
-    def __init__(self, problems: Sequence[Problem], keywords: dict[str, Any]) -> None:
-        first = problems[0]
-        self.first = first
-        self.budget = first.budget
-        self._keywords = keywords
-        gains = [problem.gains for problem in problems]
-        by_rank = all(g is not None for g in gains) and bool(np.all(first.max_lengths > 0))
-        self._descending = by_rank and all(g is not None and g.sorted for g in gains)
-        self._by_rank = by_rank
-        lengths = first.max_lengths + (0 if by_rank else 1)
-        self._offsets = np.concatenate([[0], np.cumsum(lengths)])
-        self._lengths = lengths
-        matrix = np.empty((len(problems), int(self._offsets[-1])))
-        magnitudes = np.zeros(len(problems))
-        for s, problem in enumerate(problems):
-            row = matrix[s]
-            if by_rank:
-                assert problem.gains is not None
-                row[:] = problem.gains.selected(0 * lengths, lengths)[2]
-                magnitudes[s] = np.abs(row).sum()
-            else:
-                for i in range(len(first.names)):
-                    row[self._part(i)] = curve = problem.curve(i)
-                    magnitudes[s] += np.abs(np.diff(curve)).sum()
-        # A power of two a sample keeps products clear of both ends of the doubles.
-        self.exponents = np.frexp(np.max(np.abs(matrix), axis=1, initial=0.0))[1]
-        np.ldexp(matrix, -self.exponents[:, None], out=matrix)
-        self._magnitudes = np.ldexp(magnitudes, -self.exponents)
-        self._matrix = matrix
-
-    def _part(self, i: int) -> slice:
-        return slice(int(self._offsets[i]), int(self._offsets[i + 1]))
-
-    def values(self, ranks: IntArray) -> FloatArray:
-        """Each sample's value of some rank vectors (vectors x layers).
-
-        Returns:
-            Vectors x samples, each sample in its own units.
-        """
-        values = np.empty((len(ranks), len(self._matrix)))
-        places = np.arange(self._matrix.shape[1]) - np.repeat(self._offsets[:-1], self._lengths)
-        for start in range(0, len(ranks), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            spread = np.repeat(ranks[part], self._lengths, axis=1)
-            chosen = places < spread if self._by_rank else places == spread
-            values[part] = chosen.astype(np.float64) @ self._matrix.T
-        return values
-
-    def mean(self, weights: FloatArray, *, exponent: int | None = None) -> MeanCurves:
-        """The samples' curves, each times its weight, summed up.
-
-        Args:
-            weights: one a sample, >= 0, of its curves in its own units.
-            exponent: of the units of the result; by default such that its greatest entry is
-                just below 1.
-        """
-        mean = weights @ self._matrix
-        rows = [mean[self._part(i)] for i in range(len(self._lengths))]
-        drift = 0.0
-        if self._descending:
-            # Means of descending gains descend, but for rounding.
-            rows = [np.minimum.accumulate(row) for row in rows]
-            mean, rounded = np.concatenate([np.zeros(0), *rows]), mean
-            drift = float(np.abs(mean - rounded).sum())
-        if exponent is None:
-            exponent = math.frexp(float(np.max(np.abs(mean), initial=0.0)))[1]
-        named = {
-            name: np.ldexp(row, -exponent) for name, row in zip(self.first.names, rows, strict=True)
-        }
-        curves = GainCurves.from_increments(named) if self._by_rank else GainCurves(named)
-        # Rounding of products and sums over samples and ranks, and of subnormal products.
-        terms = len(weights) + int(np.max(self._lengths, initial=0)) + 8
-        lost = terms * 2.0**-51 * float(weights @ self._magnitudes) + 1.01 * drift
-        lost += 2.0**-1060 * (1 + len(weights)) * (1 + len(mean))
-        return MeanCurves(curves, exponent, Fraction(lost))
-
-    def problem(self, curves: GainCurves, **changes: Any) -> Problem:
-        """The problem with these curves in the place of a sample's."""
-        return Problem(curves, self.budget, **(self._keywords | changes))
+_CLOSE = 16  # rank vectors whose regrets are compared exactly
+_NOISE = 2.0**-40  # of the sum of a sample's gains, far more than rounding makes of its regrets
 
 
 def minimize_worst_regret(
@@ -156,7 +50,8 @@ def minimize_worst_regret(
         time_limit: seconds for each of them; None: no limit.
 
     Returns:
-        The best of all rank vectors seen, and the bound, exact and >= 0.
+        The best of all rank vectors seen (where rounding cannot tell the best apart, of the first
+        of these by their exact regrets), and the bound, exact and >= 0.
 
     References:
         Kelley 1960, The cutting-plane method; Wentges 1997, Weighted Dantzig-Wolfe decomposition
@@ -200,7 +95,11 @@ def minimize_worst_regret(
     if mixture is not None:
         mean = curves.mean(center / divisors)
         pool.add(round_mixture(mixture @ np.array(pool.ranks), mean, curves, time_limit))
-    return min(given.best(), pool.best(), key=lambda found: found[0])[1], bound
+    noise = _NOISE * float(np.max(curves.magnitudes / divisors))
+    close = _indistinguishable([given, pool], noise)
+    if len(close) > 1:
+        close.sort(key=lambda ranks: max(exact_regrets(curves.problems, optima, scales, ranks)))
+    return close[0], bound
 
 
 class _Candidates:
@@ -222,10 +121,18 @@ class _Candidates:
                 self.regrets.append((self._own - values) / self._divisors)
         return len(self.ranks) > before
 
-    def best(self) -> tuple[float, IntArray]:
-        """The least worst regret and its ranks; the first among equals."""
-        worst = [float(regrets.max()) for regrets in self.regrets]
-        return min(worst), self.ranks[worst.index(min(worst))]
+
+def _indistinguishable(candidates: Sequence[_Candidates], noise: float) -> list[IntArray]:
+    """The rank vectors whose worst regret is the least or may be, for all that rounding says.
+
+    At most `_CLOSE` of them, but always the first of all where it is one; in order, none twice.
+    """
+    ranks = [ranks for those in candidates for ranks in those.ranks]
+    worst = [float(regrets.max()) for those in candidates for regrets in those.regrets]
+    limit = min(worst) + noise
+    best = sorted((value, k) for k, value in enumerate(worst) if value <= limit)[:_CLOSE]
+    kept = {k for _, k in best} | {k for k in (0,) if worst[k] <= limit}
+    return list({ranks[k].tobytes(): ranks[k] for k in sorted(kept)}.values())
 
 
 def _exactly(weights: FloatArray, exponents: npt.NDArray[np.int32]) -> list[Fraction]:

@@ -79,7 +79,10 @@ def _listed(samples: object) -> list[object]:
         return _by_layer(cast(Mapping[str, object], samples))
     if isinstance(samples, Sequence) and not isinstance(samples, (str, bytes)):
         return list(cast(Sequence[object], samples))
-    array = np.asarray(samples)
+    try:
+        array = np.asarray(samples)
+    except Exception as error:  # whatever another library's array raises
+        raise ValueError(f"{_EXPECTED}, got {type(samples).__name__}: {error}") from error
     if array.ndim != 3:
         got = f"an array of shape {array.shape}" if array.ndim else type(samples).__name__
         raise ValueError(f"{_EXPECTED}, got {got}")
@@ -94,8 +97,11 @@ def _by_layer(samples: Mapping[str, object]) -> list[object]:
         where = f"samples: layer {name!r}"
         try:
             array = np.asarray(values)
-        except ValueError as error:
-            raise ValueError(f"{where}: expected a 2-D array (samples x ranks): {error}") from None
+        except Exception as error:  # whatever another library's array raises
+            raise ValueError(
+                f"{where}: expected a 2-D array (samples x ranks), got {type(values).__name__}: "
+                f"{error}"
+            ) from error
         if array.ndim != 2:
             raise ValueError(
                 f"{where}: expected a 2-D array (samples x ranks), got one of shape {array.shape}"

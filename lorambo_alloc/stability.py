@@ -10,14 +10,15 @@ from fractions import Fraction
 import numpy as np
 
 from lorambo_alloc.allocation import Allocation
-from lorambo_alloc.arithmetic import round_down, round_up
+from lorambo_alloc.arithmetic import exact_sum, round_down, round_up
 from lorambo_alloc.caps import Caps
 from lorambo_alloc.certificate import Certificate
 from lorambo_alloc.costs import PerLayer, UniformRank, whole_number
 from lorambo_alloc.limits import AllowedRanks, Limit
-from lorambo_alloc.minimax_regret import SampleCurves, minimize_worst_regret
+from lorambo_alloc.minimax_regret import minimize_worst_regret
 from lorambo_alloc.objectives import FloatArray, IntArray, Objective, parse_objective, real_number
-from lorambo_alloc.problem import Problem
+from lorambo_alloc.regret import exact_regrets, optimum_bounds, scales_of
+from lorambo_alloc.sample_curves import SampleCurves
 from lorambo_alloc.samples import sample_problems
 from lorambo_alloc.solve import solve
 
@@ -37,14 +38,15 @@ class Stability:
             that occurs.
         high: the upper quantile, rounded up to one that occurs.
         average: the allocation of the mean curve. A sum of gains is linear in the curves, so it
-            has the best mean value over the samples, too; its certificate speaks of that mean.
+            has the best mean value over the samples, too. The certificate speaks of the mean as
+            doubles hold it: of values that differ by its rounding alone, another may be the best.
         losses: per sample, what it loses with the ranks of `average` against its own optimum, in
             units of gain, rounded up. Where its own search did not close, the upper bound stands
             in for the optimum.
         robust: ranks of little worst regret over the samples. The certificate says what they give
             up of the mean value.
         regrets: per sample, what it loses with `robust`, like `losses`; with `relative`, as a
-            share of its own value.
+            share of its own value (in `values`).
         worst_regret: the greatest of these.
         worst_regret_bound: proved: whatever the ranks, some sample regrets as much. Rounded down.
         relative: whether regrets are shares.
@@ -91,16 +93,16 @@ class Stability:
 
     @property
     def expected_loss(self) -> float:
-        """The mean of `losses`: what it costs that only the mean curve is known."""
-        return math.fsum(self.losses) / len(self.losses)
+        """The mean of `losses`, rounded up: what it costs that only the mean curve is known."""
+        return round_up(exact_sum(self.losses) / len(self.losses))
 
     @property
     def expected_relative_loss(self) -> float:
-        """The expected loss as a share of the mean of the samples' own values."""
-        if self.expected_loss == 0:
+        """The expected loss as a share of the mean of the samples' own values, rounded up."""
+        lost, values = exact_sum(self.losses), exact_sum(self.values)
+        if lost == 0:
             return 0.0
-        mean = math.fsum(self.values) / len(self.losses)
-        return self.expected_loss / mean if mean > 0 else math.inf
+        return round_up(lost / values) if values > 0 else math.inf
 
     def __repr__(self) -> str:
         return _table(self)
@@ -161,7 +163,8 @@ def stability(
         iterations: how many allocations of weighted means the search for `robust` makes at most;
             it stops before where the bound is met.
         time_limit: seconds for each allocation, after which it stops with a certified gap; None:
-            no limit.
+            no limit. There are one a sample, one for the average, and up to `iterations` + 1 for
+            `robust`; the rest takes little. Bounds stay true whatever was stopped.
 
     Returns:
         A `Stability`.
@@ -205,8 +208,8 @@ def stability(
         caps=caps,
     )
     own = [solve(problem, time_limit=time_limit) for problem in problems]
-    optima = [_bounds(allocation) for allocation in own]
-    scales = _scales(own, relative=relative)
+    optima = [optimum_bounds(allocation) for allocation in own]
+    scales = scales_of(own, relative=relative)
     curves = SampleCurves(problems, keywords)
     mean = curves.mean(np.ldexp(1 / len(own), curves.exponents), exponent=0)
     average = solve(curves.problem(mean.curves), time_limit=time_limit)
@@ -214,8 +217,8 @@ def stability(
     robust, bound = minimize_worst_regret(
         curves, optima, scales, candidates, iterations, time_limit
     )
-    losses = _losses(problems, optima, average.ranks, [1.0] * len(own))
-    regrets = _losses(problems, optima, robust, scales)
+    losses = _rounded_up(exact_regrets(problems, optima, [1.0] * len(own), average.ranks))
+    regrets = _rounded_up(exact_regrets(problems, optima, scales, robust))
     ranks = np.array([allocation.ranks for allocation in own])
     return Stability(
         names=problems[0].names,
@@ -246,45 +249,14 @@ def _parse_quantiles(quantiles: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def _bounds(allocation: Allocation) -> tuple[Fraction, Fraction]:
-    """Exact bounds on a sample's best value."""
-    value = allocation.problem.value_of(allocation.ranks)
-    if allocation.certificate.status == "optimal_exact":
-        return value, value
-    return value, Fraction(allocation.certificate.upper_bound)
-
-
-def _scales(own: Sequence[Allocation], *, relative: bool) -> list[float]:
-    if not relative:
-        return [1.0] * len(own)
-    for s, allocation in enumerate(own):
-        if not allocation.value > 0:
-            raise ValueError(
-                f"relative: expected samples whose best value is above 0, got {allocation.value} "
-                f"in samples[{s}]"
-            )
-    return [allocation.value for allocation in own]
-
-
-def _losses(
-    problems: Sequence[Problem],
-    optima: Sequence[tuple[Fraction, Fraction]],
-    ranks: IntArray,
-    scales: Sequence[float],
-) -> FloatArray:
-    """What each sample loses with the ranks, computed exactly and rounded up."""
-    return np.array(
-        [
-            round_up((most - problem.value_of(ranks)) / Fraction(scale))
-            for problem, (_, most), scale in zip(problems, optima, scales, strict=True)
-        ]
-    )
+def _rounded_up(values: Sequence[Fraction]) -> FloatArray:
+    return np.array([round_up(value) for value in values])
 
 
 def _as_allocation(ranks: IntArray, average: Allocation) -> Allocation:
     """The ranks as an allocation of the mean curve, with the gap that its optimum proves."""
     problem, best = average.problem, average.certificate
-    value, most = problem.value_of(ranks), _bounds(average)[1]
+    value, most = problem.value_of(ranks), optimum_bounds(average)[1]
     certificate = Certificate.of(
         value,
         most - value,

@@ -1,13 +1,12 @@
 """The frontier against brute force and against its own Lagrangian, in exact arithmetic."""
 
-import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from lorambo_alloc import GainCurves, InfeasibleError, Problem, allocate, uniform_rank
+from lorambo_alloc import GainCurves, Problem, allocate, uniform_rank
 from lorambo_alloc.frontier import Frontier, frontier
 from lorambo_alloc.testing import (
     SMALL_FAMILIES,
@@ -119,27 +118,6 @@ def test_monotone_and_concave_with_breakpoints_that_ranks_attain(instance: Insta
     assert np.array_equal(curve.ranks_at_breakpoint(-1), curve.ranks_at_breakpoint(len(curve) - 1))
 
 
-@given(instances())
-def test_at_and_price_at_between_breakpoints(instance: Instance):
-    curve = frontier_of(instance)
-    budgets = curve.budgets.tolist()
-    assert np.array_equal(curve.at(curve.budgets), curve.values)
-    assert np.array_equal(curve.price_at(curve.budgets), curve.prices)
-    for k in range(len(curve) - 1):
-        middle = (budgets[k] + budgets[k + 1]) // 2
-        share = Fraction(middle - budgets[k], budgets[k + 1] - budgets[k])
-        low, high = Fraction(float(curve.values[k])), Fraction(float(curve.values[k + 1]))
-        expected = low + share * (high - low)
-        most = max(abs(low), abs(high))
-        assert (
-            abs(Fraction(curve.at(middle)) - expected)
-            <= most * Fraction(2) ** -50 + Fraction(2) ** -1073
-        )
-        assert curve.price_at(middle) == curve.prices[k]
-    assert curve.at(budgets[-1] + 1) == curve.at(1 << 80) == curve.values[-1]
-    assert curve.price_at(1 << 80) == 0
-
-
 @pytest.mark.parametrize("make", [lambda: power_law("a"), multiples_of_8, non_concave])
 def test_real_sizes_agree_with_the_certificates_price_bound(make):
     instance = make()
@@ -244,15 +222,6 @@ def test_forced_losses_come_first():
     assert curve.knee() == 2
 
 
-def test_the_knee_does_not_depend_on_what_is_forced():
-    spectra = {"q": [9.0, 6.0, 3.5, 1.0, 0.5, 0.1], "v": [2.0]}
-    free = frontier(spectra, costs=[10, 1])
-    assert free.knee() == 21
-    forced = frontier({"w": [100.0], **spectra}, costs=[1000, 10, 1], min_rank={"w": 1})
-    assert forced.knee() == 1021
-    assert forced.values.tolist() == [10_000.0 + value for value in free.values.tolist()]
-
-
 def test_ties_fixed_costs_and_weights():
     curve = frontier(
         {"a": [2.0, 1.0], "b": [1.0, 1.0], "c": [3.0]},
@@ -265,47 +234,6 @@ def test_ties_fixed_costs_and_weights():
     assert curve.budgets.tolist() == [0, 6, 9, 15]
     assert curve.values.tolist() == [0.0, 6.0, 9.0, 13.5]
     assert curve.ranks_at_breakpoint(1).tolist() == [1, 1, 0]
-
-
-def test_budgets_of_any_shape_and_kind():
-    curve = example()
-    assert curve.at([[0, 1], [4, 100]]).tolist() == [[0.0, 4.5], [15.0, 18.0]]
-    assert type(curve.at(4)) is type(curve.price_at(4)) is float
-    assert type(curve.at(np.int64(4))) is type(curve.at(4.0)) is float  # pyright: ignore[reportArgumentType, reportCallIssue]
-    for kind in (np.int8, np.uint8, np.uint64, np.float64, object):
-        assert curve.at(np.array([4, 100], dtype=kind)).tolist() == [15.0, 18.0]
-    assert curve.at(np.array([2**64 - 1], dtype=np.uint64)).tolist() == [18.0]
-    assert curve.at([2**70, 3]).tolist() == [18.0, 13.0]
-    assert curve.price_at([1, 2, 7]).tolist() == [4.5, 4.0, 0.0]
-    for empty in ([], np.zeros((0, 2), dtype=np.int64)):
-        assert curve.at(empty).size == 0
-
-
-@pytest.mark.parametrize("budget", [-1, np.int64(-1), [3, -1], np.array([-1, 3])])
-def test_budgets_below_nought(budget):
-    with pytest.raises(ValueError, match=r"budget: expected a whole number >= 0, got -1"):
-        example().at(budget)
-
-
-@pytest.mark.parametrize("budget", [True, 1.5, "3", None, [1, 2.5], [True], math.nan])
-def test_budgets_that_are_no_whole_numbers(budget):
-    for method in (example().at, example().price_at):
-        with pytest.raises(ValueError, match=r"budget: expected a whole number >= 0, got "):
-            method(budget)
-
-
-def test_budgets_below_the_least():
-    curve = frontier([[2.0, 1.0], [1.0]], costs=[3, 4], min_rank=1)
-    assert curve.at(7) == 5.0
-    message = r"budget: the minimum ranks cost 7, more than the budget 6; .* budget is 7"
-    for budget in (np.array(6), [9, 6, 7], [9.0, 6.0]):
-        with pytest.raises(InfeasibleError, match=message) as caught:
-            curve.at(budget)
-        assert caught.value.minimum_budget == 7
-    with pytest.raises(InfeasibleError, match=message):
-        curve.price_at(6)
-    with pytest.raises(InfeasibleError, match=message):
-        curve.allocation(6)
 
 
 def test_operator_is_refused():
@@ -329,15 +257,6 @@ def test_costs_up_to_2_to_the_62():
         frontier({"a": np.ones(512)}, costs=[most], min_rank=512)
 
 
-def test_method_and_time_limit_reach_the_solver():
-    curve = example()
-    assert curve.allocation(4, method="water_filling").certificate.method == "water-filling"
-    with pytest.raises(ValueError, match="method: expected one of"):
-        curve.allocation(4, method="best")
-    with pytest.raises(ValueError, match="time_limit"):
-        curve.allocation(4, time_limit=-1.0)
-
-
 def test_tiny_and_huge_gains_keep_their_prices():
     for scale in (2.0**-440, 2.0**440):
         curve = frontier({"q": [3.0 * scale, 2.0 * scale], "v": [2.0 * scale]}, costs=[2, 1])
@@ -359,36 +278,3 @@ def test_arrays_are_read_only():
     for array in (curve.budgets, curve.values, curve.prices):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
-
-
-def test_repr():
-    assert repr(example()).splitlines() == [
-        "Frontier(5 breakpoints, objective frobenius)",
-        "of the gain  budget at least  of the cost  price",
-        "------------------------------------------------",
-        "        25%                1        14.3%    4.5",
-        "        50%                2        28.6%      4",
-        "        75%                4        57.1%      2",
-        "        90%                5        71.4%    0.5",
-        "        95%                6        85.7%    0.5",
-        "        99%                7       100.0%      0",
-        "       100%                7       100.0%      0",
-        "knee at 3; values are the upper hull",
-    ]
-
-
-def test_repr_of_nothing_to_gain():
-    curve = frontier([[0.0, 0.0]])
-    assert repr(curve) == "Frontier(1 breakpoints, objective frobenius): nothing to gain"
-    assert curve.knee() == 0
-    assert curve.at(3) == 0.0
-    assert curve.ranks_at_breakpoint(0).tolist() == [0]
-    assert "of the gain" in repr(frontier([[0.5]]))
-    empty = frontier({})
-    assert (len(empty), empty.at(0), empty.budgets.tolist()) == (1, 0.0, [0])
-
-
-def test_repr_with_forced_gain():
-    text = repr(frontier([[2.0], [1.0]], min_rank=1, costs=[1000, 2000]))
-    assert "        25%            3,000       100.0%      0" in text
-    assert "Frontier(1 breakpoints" in text

@@ -202,7 +202,7 @@ def test_by_hand():
     assert found.average.value == 15.0
     assert found.losses.tolist() == [3.0, 5.0]
     assert found.expected_loss == 4.0
-    assert found.expected_relative_loss == 4.0 / 19.0
+    assert found.expected_relative_loss == round_up(Fraction(4, 19))
     assert found.robust.ranks.tolist() == [1, 1]
     assert found.robust.certificate.status == "optimal_exact"
     assert found.robust.certificate.method == "minimax regret"
@@ -437,6 +437,7 @@ def test_more_iterations_never_worsen_the_answer():
         (Spectra(two()[0]), r"^samples: expected a sequence .*, got one Spectra$"),
         (GainCurves([[0.0, 1.0]]), r"^samples: expected a sequence .*, got one GainCurves$"),
         (np.ones((2, 3)), r"3-D array .*, got an array of shape \(2, 3\)$"),
+        ([[[1.0]], [[1.0], [2.0]]], r"^samples\[1\]: layer '1' is not in samples\[0\]$"),
         ("ab", r"3-D array .*, got str$"),
         (b"ab", r"3-D array .*, got bytes$"),
         (None, r"3-D array .*, got NoneType$"),
@@ -484,6 +485,33 @@ def test_samples_that_are_refused(samples: Any, message: str):
 def test_arguments_that_are_refused(keywords: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         stability(two(), 2, **keywords)
+
+
+class Foreign:
+    """An array of another library that numpy cannot read."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        raise TypeError("on a device")
+
+
+def test_arrays_that_cannot_be_read():
+    expected = (
+        r"^samples: layer 'q': expected a 2-D array \(samples x ranks\), got Foreign: on a dev"
+    )
+    with pytest.raises(ValueError, match=expected):
+        stability({"q": Foreign()}, 2)
+    with pytest.raises(ValueError, match=r"3-D array .*, got Foreign: on a device$"):
+        stability(Foreign(), 2)
+
+
+def test_the_expected_loss_is_rounded_up():
+    # A third has no double.
+    samples = [GainCurves.from_increments([[gain], [1.0]]) for gain in (0.0, 1.5, 2.0)]
+    found = stability(samples, 1)
+    assert found.losses.tolist() == [1.0, 0.0, 0.0]
+    assert float(Fraction(1, 3)) < Fraction(1, 3) <= Fraction(found.expected_loss)
+    assert found.expected_loss == round_up(Fraction(1, 3))
+    assert found.expected_relative_loss == round_up(Fraction(1) / Fraction(4.5))
 
 
 def test_a_budget_that_is_too_small():

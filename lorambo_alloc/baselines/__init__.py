@@ -9,12 +9,13 @@
 | `gora` | an importance of every layer; its share of the budget, over the cost of a rank |
 | `square_root` | the same, under a square root |
 
-As published, only `gora` knows what a rank costs its budget, and none meets a budget exactly. Here
-each is followed as far as the budget (caps included) lets it: to the lowest threshold, or the
-largest scale, at which all its ranks fit. So all are compared at the same budget, and none is
-charged for a rank that it did not get. What is left over then is less than the rule's next step
-needs, and stays unspent, as the costs show; `fill=True` spends it on the rule's own next ranks,
-passing over those that do not fit.
+As published, `gora` alone counts its budget in parameters, and what it rounds away or adds it does
+not make up for; `eva` and `adalora` count ranks; `square_root` gives about as many ranks as it is
+told, whatever they cost; a uniform rank is chosen by hand. Here each is followed as far as the
+budget (caps included) lets it: to the lowest threshold, or the largest scale, at which all its
+ranks fit. So all are compared at the same budget, and none is charged for a rank that it did not
+get. What is left over then is less than the rule's next step needs, and stays unspent, as the costs
+show; `fill=True` spends it on the rule's own next ranks, passing over those that do not fit.
 
 The ranks obey every limit of the problem: minimum ranks are given first, and a rank that is not
 allowed is rounded down to one that is (`square_root`: to the nearest). A tied group takes a
@@ -24,17 +25,11 @@ No rule proves anything. The certificate of what it returns carries the bound of
 gap says at most how much the rule loses to the optimum; `compare` says it against the optimum.
 """
 
+from lorambo_alloc.baselines.equal import MLP, mlp_only, uniform
 from lorambo_alloc.baselines.path import certified
-from lorambo_alloc.baselines.rules import (
-    MLP,
-    RULES,
-    adalora,
-    eva,
-    gora,
-    mlp_only,
-    square_root,
-    uniform,
-)
+from lorambo_alloc.baselines.rules import RULES
+from lorambo_alloc.baselines.shares import gora, square_root
+from lorambo_alloc.baselines.thresholds import adalora, eva
 
 __all__ = [
     "MLP",

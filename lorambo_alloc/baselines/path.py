@@ -85,6 +85,11 @@ def follow(problem: Problem, arrivals: Arrivals, *, fill: bool = False) -> IntAr
     return ranks_at(steps)
 
 
+def followed(problem: Problem, arrivals: Arrivals, method: str, fill: bool) -> Allocation:
+    """The ranks of `follow`, certified under the rule's name."""
+    return certified(problem, follow(problem, arrivals, fill=fill), method)
+
+
 def certified(problem: Problem, ranks: IntArray, method: str) -> Allocation:
     """Ranks from anywhere, with a proved bound on what they lack to the optimum.
 
