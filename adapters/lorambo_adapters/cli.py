@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import typer
 
-        from lorambo_adapters.commands import Refusal, app
+        from lorambo_adapters.commands import app
+        from lorambo_adapters.refusals import Refusal
     except ModuleNotFoundError as missing:
         if missing.name not in ("typer", "rich"):
             raise

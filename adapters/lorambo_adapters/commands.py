@@ -1,12 +1,10 @@
-"""The commands of `lorambo`: `allocate` and `info`. Needs typer and rich, and no torch."""
+"""The commands of `lorambo`: `allocate`, `info` and `spectra`. Needs typer and rich, no torch."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lorambo_adapters.arguments import budget_from, objective_from
+from lorambo_adapters.refusals import refusing
+from lorambo_adapters.spectra_commands import group
 from lorambo_alloc import Allocation, Problem, Spectra, solve
 from lorambo_alloc.storage import replacing
 
@@ -25,11 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Refusal(Exception):
-    """Bad input: the message is all that its user needs."""
-
+app.add_typer(group, name="spectra")
 
 SpectraFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="A spectra file, as Spectra.save writes it.")
@@ -61,7 +57,7 @@ def allocate(
     ] = None,
 ) -> None:
     """Find the best rank of every layer within a budget."""
-    with _refusing(file):
+    with refusing(file):
         problem = Problem(
             Spectra.load(file),
             budget_from(budget),
@@ -74,7 +70,7 @@ def allocate(
     if json_file is not None:
         document = {"spectra": str(file), "objective": objective, **_as_json(allocation)}
         text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-        with _refusing(json_file), replacing(json_file) as out:
+        with refusing(json_file), replacing(json_file) as out:
             out.write(text.encode())
     print(repr(allocation))
 
@@ -82,7 +78,7 @@ def allocate(
 @app.command()
 def info(file: SpectraFile) -> None:
     """Show the layers of a spectra file."""
-    with _refusing(file):
+    with refusing(file):
         spectra = Spectra.load(file)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
@@ -105,17 +101,6 @@ def info(file: SpectraFile) -> None:
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
     print(f"{len(spectra)} layers, energy (sum of squared values) {total:.6g}")
     print(f"source: {spectra.source or 'not recorded'}")
-
-
-@contextmanager
-def _refusing(file: Path) -> Iterator[None]:
-    """Turn what a user can put right into `Refusal`; anything else is a defect, and stays one."""
-    try:
-        yield
-    except ValueError as error:  # how the library reports bad input
-        raise Refusal(str(error)) from error
-    except OSError as error:
-        raise Refusal(f"{file}: {error.strerror or error}") from error
 
 
 def _as_json(allocation: Allocation) -> dict[str, Any]:

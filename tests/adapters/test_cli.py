@@ -350,3 +350,114 @@ class TestProcess:
         finally:
             os.close(writing)
         assert (done.returncode, done.stderr) == (1, "")
+
+
+class TestSpectra:
+    @pytest.fixture
+    def models(self, tmp_path):
+        torch = pytest.importorskip("torch", reason="torch is absent")
+        pytest.importorskip("safetensors", reason="safetensors is absent")
+        from safetensors.torch import save_file
+
+        generator = torch.Generator().manual_seed(0)
+        folders = []
+        for which in ("base", "tuned"):
+            folder = tmp_path / which
+            folder.mkdir()
+            tensors = {
+                f"layers.{i}.{name}.weight": torch.randn(8, 6, generator=generator)
+                for i in range(2)
+                for name in ("q_proj", "up_proj")
+            }
+            tensors["embed_tokens.weight"] = torch.randn(30, 6, generator=generator)
+            save_file(tensors, folder / "model.safetensors")
+            folders.append(folder)
+        return folders
+
+    def test_weights(self, capsys, models, tmp_path):
+        from lorambo_adapters.spectra.checkpoints import checkpoint_spectra
+
+        out = tmp_path / "s.npz"
+        for options, keywords in [
+            ([], {}),
+            (["--rank", "2"], {"rank": 2}),
+            (["--rank", "all"], {"rank": None}),
+            (["--targets", "q_proj"], {"targets": ["q_proj"]}),
+            (["--targets", "q_proj, embed_tokens"], {"targets": ["q_proj", "embed_tokens"]}),
+            (["--targets", r"layers\.0\..*"], {"targets": r"layers\.0\..*"}),
+            (["--exclude", "layers.0.q_proj"], {"exclude": ["layers.0.q_proj"]}),
+            (["--seed", "3", "--device", "cpu"], {"seed": 3}),
+        ]:
+            assert main(["spectra", "weights", str(models[0]), "-o", str(out), *options]) == 0
+            expected, written = checkpoint_spectra(models[0], **keywords), Spectra.load(out)
+            assert written.source == expected.source
+            assert list(written) == list(expected)
+            assert all(np.array_equal(written[name], expected[name]) for name in expected)
+            said = capsys.readouterr()
+            assert said.err == ""
+            assert said.out.startswith(f"{out}: Spectra({len(expected)} layers, ")
+
+    def test_delta_then_allocate(self, capsys, models, tmp_path):
+        out = tmp_path / "s.npz"
+        arguments = ["spectra", "delta", *map(str, models), "-o", str(out), "--rank", "3"]
+        assert main(arguments) == 0
+        assert "% of the energy\n" in capsys.readouterr().out
+        assert Spectra.load(out).source.startswith("tuned less base; at most 3 singular values")
+        assert main(["allocate", str(out), "--budget", "uniform:2"]) == 0
+        arguments[3] = arguments[2]
+        assert main(arguments) == 0
+        assert capsys.readouterr().out.endswith(", all zero\n")
+
+    def test_refusals(self, capsys, models, tmp_path):
+        base, tuned = models
+        out = ["-o", tmp_path / "s.npz"]
+        for arguments, part in [
+            (["weights", tmp_path / "no", *out], "no: No such file or directory"),
+            (["delta", base, tmp_path / "no", *out], "no: No such file or directory"),
+            (["weights", base, "-o", tmp_path / "no" / "s.npz"], "s.npz: No such file"),
+            (["weights", base, "-o", base], "base: Is a directory"),
+            (["weights", base, *out, "--targets", "k_proj"], "targets=['k_proj'], got none"),
+            (["weights", base, *out, "--targets", "("], "expected a regular expression"),
+            (["weights", base, *out, "--targets", "a,,b"], "names with commas between"),
+            (["weights", base, *out, "--rank", "0"], "rank: expected a whole number"),
+            (["weights", base, *out, "--rank", "few"], "rank: expected a whole number"),
+            (["weights", base, *out, "--device", "nothing"], "device 'nothing' cannot be used"),
+            (["weights", tmp_path, *out], "expected *.safetensors or *.bin files"),
+            (["weights", base], "--output"),
+            (["delta", base, *out], "TUNED"),
+            ([], "lorambo --help"),
+        ]:
+            assert part in refusal(capsys, "spectra", *arguments), arguments
+        (tuned / "model.safetensors").write_bytes(b"short")
+        assert "model.safetensors: the file is damaged" in refusal(
+            capsys, "spectra", "delta", base, tuned, *out
+        )
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+    def test_an_interrupt_says_how_to_go_on(self, capsys, models, tmp_path, monkeypatch):
+        from lorambo_adapters.spectra import extraction
+
+        decompose, left = extraction.decompose, [2]
+
+        def interrupted(*arguments, **keywords):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return decompose(*arguments, **keywords)
+
+        monkeypatch.setattr(extraction, "decompose", interrupted)
+        arguments = ["spectra", "weights", str(models[0]), "-o", str(tmp_path / "s.npz")]
+        assert main(arguments) == 130
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err == "lorambo: interrupted; start it again in the same way to continue\n"
+        left[0] = 2
+        assert main(arguments) == 0  # two were done, and two were left
+
+    def test_without_torch(self, capsys, models, tmp_path, monkeypatch):
+        for name in [name for name in sys.modules if name.startswith("lorambo_adapters.spectra.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "torch", None)
+        for command in (["weights", models[0]], ["delta", *models]):
+            said = refusal(capsys, "spectra", *command, "-o", tmp_path / "s.npz")
+            assert said.endswith("pip install 'lorambo-alloc[torch]'\n")

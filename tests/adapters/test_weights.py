@@ -12,7 +12,8 @@ from lorambo_alloc import Spectra
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 
-from lorambo_adapters.spectra.weights import weight_spectra  # noqa: E402  (needs torch)
+from lorambo_adapters.layers import find_layers  # noqa: E402  (needs torch)
+from lorambo_adapters.spectra.weights import weight_spectra  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "all-MiniLM-L6-v2.npz"
@@ -75,6 +76,80 @@ def test_state_dict_counts_every_matrix_and_layers_chooses():
     # The expression has to match the whole name.
     assert list(weight_spectra({"1.weight": state["1.weight"], "11.weight": state["3.weight"]},
                                layers="1")) == ["1"]  # fmt: skip
+
+
+def test_targets_choose_as_with_peft():
+    model = small_model()
+    assert list(weight_spectra(model, targets=["0", "3"])) == ["0", "3"]
+    assert list(weight_spectra(model, targets="[13]")) == ["1", "3"]
+    assert list(weight_spectra(model, targets=["0", "3"], layers="3")) == ["3"]
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    assert list(weight_spectra(state, targets=["0", "3"])) == ["model.0", "model.3"]
+    assert list(weight_spectra(state, targets=r"model\.[13]")) == ["model.1", "model.3"]
+
+
+def test_layers_that_were_found_before():
+    experts = torch.nn.Module()
+    experts.up = torch.nn.Parameter(torch.randn(2, 4, 3))
+    model = torch.nn.ModuleDict({"experts": experts, "conv": torch.nn.Conv2d(2, 5, 3)})
+    found = find_layers(model, ["conv"], target_parameters=["up"])
+    spectra = weight_spectra(found)
+    assert spectra.shapes == {
+        "experts.up.0": (4, 3),
+        "experts.up.1": (4, 3),
+        "conv": (5, 18),
+    }
+    for layer in found:
+        expected = np.linalg.svd(layer.matrix().double().numpy(), compute_uv=False)
+        np.testing.assert_allclose(spectra[layer.name], expected, rtol=1e-12)
+    with pytest.raises(ValueError, match="a state dict or layers from find_layers, got 'gpt2'"):
+        weight_spectra("gpt2")  # pyright: ignore[reportArgumentType]
+
+
+def test_transformers_models_leave_out_the_head_and_transpose_conv1d():
+    transformers = pytest.importorskip("transformers", reason="transformers is absent")
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=1, n_head=4, vocab_size=40, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    spectra = weight_spectra(model)
+    block = "transformer.h.0"
+    assert spectra.shapes == {
+        f"{block}.attn.c_attn": (48, 16),
+        f"{block}.attn.c_proj": (16, 16),
+        f"{block}.mlp.c_fc": (64, 16),
+        f"{block}.mlp.c_proj": (16, 64),
+    }
+    for name, values in spectra.items():
+        weight = model.get_submodule(name).weight.detach().double()
+        np.testing.assert_allclose(values, torch.linalg.svdvals(weight).numpy(), rtol=1e-12)
+
+
+def test_the_largest_values_and_the_energy_of_the_others():
+    model = small_model()
+    whole, largest = weight_spectra(model), weight_spectra(model, rank=3)
+    assert largest.shapes == whole.shapes
+    for name, values in whole.items():
+        assert len(largest[name]) == 3
+        np.testing.assert_allclose(largest[name], values[:3], rtol=1e-10)
+        rest = float(np.sum(values[3:] ** 2))
+        energy = float(np.sum(values**2))
+        assert largest.unresolved[name] == pytest.approx(rest, rel=1e-10, abs=1e-12 * energy)
+    assert "at most 3 largest singular values" in largest.source
+    with pytest.raises(ValueError, match="rank: expected a whole number >= 1, got 0"):
+        weight_spectra(model, rank=0)
+
+
+def test_large_weights_are_sketched():
+    generator = torch.Generator().manual_seed(0)
+    u = torch.linalg.qr(torch.randn(1200, 1100, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(1100, 1100, generator=generator)).Q
+    weight = (u * torch.arange(1, 1101).pow(-0.75)) @ v
+    spectra = weight_spectra({"q.weight": weight}, rank=16)
+    exact = torch.linalg.svdvals(weight.double()).numpy()
+    captured, energy = np.sum(spectra["q"] ** 2), np.sum(exact**2)
+    assert captured == pytest.approx(np.sum(exact[:16] ** 2), rel=1e-3)
+    assert captured + spectra.unresolved["q"] == pytest.approx(energy, rel=1e-6)
 
 
 def test_half_precision_is_decomposed_in_double():

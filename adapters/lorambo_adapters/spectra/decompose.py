@@ -1,0 +1,335 @@
+"""The largest singular values of one matrix, and how much energy they leave out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from lorambo_alloc.costs import whole_number
+
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        "lorambo_adapters.spectra.decompose needs torch: pip install 'lorambo-alloc[torch]'",
+        name=missing.name,
+    ) from missing
+
+Method = Literal["svdvals", "qr", "gram", "block_krylov", "zero"]
+
+# Where the longer side is so many times the shorter one, a QR factorisation before svdvals, and
+# the Gram matrix instead of it, are the quicker ways (measured on shapes of BERT and Llama).
+_QR_ASPECT, _GRAM_ASPECT = 1.5, 8.0
+# A basis of three ranks usually suffices; asking for more than an eighth of the values would make
+# the largest basis that is allowed by default longer than the matrix.
+_LARGEST_SHARE = 8
+_LEAST_BLOCK = 8
+_PASSES = 8
+_STRIP_BYTES, _LEAST_ROWS = 1 << 19, 16
+_SAFE = 2.0**100  # a matrix with a squared norm up to this is far from overflow in float32
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What `decompose` found; `values, unresolved = decompose(...)` unpacks it.
+
+    Attributes:
+        values: singular values, float64, descending.
+        unresolved: squared Frobenius norm of the matrix less the sum of `values` squared, >= 0.
+        method: "svdvals", "qr" (svdvals of the triangular factor), "gram", "block_krylov", or
+            "zero" for a matrix of zeros.
+        shortfall: estimate of how much larger, relatively, the sum of the largest values squared
+            is than what `values` captured of it; 0 unless the method is "block_krylov", infinite
+            if it took fewer than three blocks past `rank` columns to end.
+    """
+
+    values: npt.NDArray[np.float64]
+    unresolved: float
+    method: Method = "svdvals"
+    shortfall: float = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.values, self.unresolved))
+
+
+def decompose(
+    matrix: torch.Tensor,
+    rank: int | None = None,
+    *,
+    exact_below: int = 1024,
+    oversample: int | None = None,
+    power_iterations: int = 32,
+    tolerance: float = 3e-5,
+    seed: int = 0,
+) -> Decomposition:
+    """Compute the `rank` largest singular values of a matrix, or all of them.
+
+    With s the shorter side and l the longer one:
+
+    | case | method | error of a value sigma |
+    |---|---|---|
+    | all values, s < `exact_below`, or rank > s / 8 | svdvals in float64; from l >= 1.5 s of the factor R of a QR factorisation | about eps sigma_1 |
+    | the same, and l >= 8 s | eigenvalues of the s x s Gram matrix in float64 | about eps sigma_1^2 / sigma, at most sqrt(eps) sigma_1; of sigma^2, about eps sigma_1^2 |
+    | else | block Krylov, in float32 (float64 for a float64 matrix) | see below |
+
+    Here eps is 2.2e-16, float64's. The entries are taken as they are given: what was lost when a
+    weight was rounded to bfloat16 is not an error of these methods.
+
+    **Block Krylov.** From a seeded Gaussian block, multiplications with A and its transpose grow an
+    orthonormal basis V by blocks, each made orthogonal to all before; the values are those of A V
+    (whose Gram matrix is kept in float64). Each is at most the true one, but for rounding, so
+    captured energy is never overstated and `unresolved` never understated. The basis stops growing
+    once the energy that is estimated to be missing from the `rank` largest values (the last two
+    blocks' gains, continued as a geometric series) is below `tolerance` of theirs, or at its
+    greatest size. Blocks are rank / 4 columns wide: narrower ones than the rank reach the same
+    accuracy with less arithmetic. The estimate is no bound. The smallest of the values converge
+    last: a `tolerance` of 3e-5 of the energy left them up to 1 % too small on power laws. Flat
+    spectra, such as those of noise, take the largest basis and may still fall short of `tolerance`,
+    which `shortfall` then says. `benchmarks/run_decompose.py` measures all of this.
+    Rounding in float32 adds an error of about 1e-6 sigma_1 to a value and of about 1e-6 |A|_F^2 to
+    `unresolved`, which says nothing below that.
+
+    **Memory** beyond the matrix, in bytes: exact, 8 d k for a float64 copy and as much again within
+    LAPACK (8 s^2 of it for the Gram matrix); block Krylov, 4 d k if the matrix is neither float32 nor
+    float64 (for a float32 copy), and at most (8 d + 4 k) (rank + oversample) (or 8 k + 4 d, if the columns lie
+    in one piece), of which the CPU touches only as much as the basis grows to.
+
+    Args:
+        matrix: d x k, of a floating-point type with 16 bits or more, on any device that knows
+            float64 (Apple's MPS does not). It is not written to.
+        rank: how many of the largest values are wanted, >= 1; None for all, by an exact method.
+        exact_below: a shorter side below it is decomposed exactly.
+        oversample: columns of the largest basis beyond `rank`; by default 7 rank, and 128 - rank
+            for ranks below 16.
+        power_iterations: blocks in which the largest basis is built, >= 1: each is (rank +
+            oversample) / power_iterations columns wide, and 8 at least. With 1 it is the
+            randomised range finder of Halko, Martinsson and Tropp.
+        tolerance: see above; 0 grows the basis to the end.
+        seed: of the Gaussian block. Drawn on the CPU, so devices differ by rounding only.
+
+    Returns:
+        The values, min(rank, s) of them, and the energy that they leave unresolved.
+
+    Raises:
+        ValueError: the matrix is not 2-D, is empty, has no data (meta device), is of another type,
+            or is not finite; or a number is out of its range.
+
+    References:
+        N. Halko, P.-G. Martinsson, J. A. Tropp, "Finding structure with randomness", SIAM Review
+        53, 2011. J. A. Tropp, R. J. Webber, "Randomized algorithms for low-rank matrix
+        approximation: design, analysis, and applications", 2023, section on block Krylov iteration.
+        R. Meyer, C. Musco, C. Musco, "On the unreasonable effectiveness of single vector Krylov
+        methods for low-rank approximation", SODA 2024, for the narrow blocks.
+
+    Example:
+        >>> import torch
+        >>> values, unresolved = decompose(torch.diag(torch.tensor([3.0, 2.0, 1.0])), rank=2)
+        >>> values.round(6), round(unresolved, 6)
+        (array([3., 2.]), 1.0)
+    """  # noqa: E501  (a table's rows)
+    _check_matrix(matrix)
+    wanted = None if rank is None else whole_number(rank, "rank", 1)
+    whole_number(exact_below, "exact_below", 0)
+    blocks = whole_number(power_iterations, "power_iterations", 1)
+    extra = None if oversample is None else whole_number(oversample, "oversample", 0)
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance: expected a number from 0 to below 1, got {tolerance!r}")
+
+    matrix = matrix.detach()
+    shorter = min(matrix.shape)
+    exact = wanted is None or is_exact((shorter, shorter), wanted, exact_below)
+    work = torch.float64 if exact else torch.promote_types(matrix.dtype, torch.float32)
+    energy, scale = squared_norm(matrix), 1.0
+    if not 1 / _SAFE < energy < _SAFE:
+        low, high = torch.aminmax(matrix)
+        largest = max(-float(low), float(high))
+        if not math.isfinite(largest):
+            raise ValueError("expected a matrix of finite numbers, got NaN or infinity")
+        if largest == 0:
+            return Decomposition(np.zeros(min(shorter, wanted or shorter)), 0.0, "zero")
+        # The squares would leave the range of doubles, or the products that of float32.
+        scale = 2.0 ** math.frexp(largest)[1]
+        matrix = matrix.to(torch.float64) / scale
+        energy = squared_norm(matrix)
+    matrix = matrix.to(work)
+
+    if wanted is None or exact:
+        values, method = _all_values(matrix)
+        tail = values[wanted or shorter :] * scale
+        return Decomposition(values[:wanted] * scale, float(tail @ tail), method)
+    columns = wanted + extra if extra is not None else max(8 * wanted, 16 * _LEAST_BLOCK)
+    block = min(shorter, max(_LEAST_BLOCK, math.ceil(columns / blocks)))
+    basis = min(columns, shorter)
+    values, shortfall = _block_krylov(matrix, wanted, basis, block, tolerance, seed)
+    unresolved = max(0.0, energy - math.fsum(values * values)) * scale * scale
+    return Decomposition(values * scale, unresolved, "block_krylov", shortfall)
+
+
+def squared_norm(matrix: torch.Tensor) -> float:
+    """The squared Frobenius norm, squared and summed in float64 from entries of any float type.
+
+    In pieces, so that memory holds a float64 copy of one megabyte (on a device 128) at a time.
+    """
+    flat = _row_major(matrix.detach()).view(-1)
+    size = 1 << (17 if matrix.device.type == "cpu" else 24)
+    buffer = torch.empty(min(size, len(flat)), dtype=torch.float64, device=matrix.device)
+    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    for part in flat.split(size):
+        piece = buffer[: len(part)].copy_(part)
+        total += torch.dot(piece, piece)
+    return float(total)
+
+
+def is_exact(shape: tuple[int, int], rank: int | None, exact_below: int = 1024) -> bool:
+    """Whether `decompose` computes all values of a matrix of this shape, in float64."""
+    shorter = min(shape)
+    return rank is None or shorter < exact_below or rank * _LARGEST_SHARE > shorter
+
+
+def arithmetic(shape: tuple[int, int], rank: int | None, exact_below: int = 1024) -> float:
+    """About how many floating-point operations `decompose` needs with its defaults.
+
+    For sharing work out and for showing progress: within a factor of about two of what is done
+    (svdvals' are the slower ones), and of no meaning beyond that.
+    """
+    shorter, longer = sorted(shape)
+    if rank is None or is_exact(shape, rank, exact_below):
+        return 4.0 * longer * shorter**2 + 22.0 * shorter**3
+    return 4.0 * longer * shorter * 3 * rank
+
+
+def _check_matrix(matrix: torch.Tensor) -> None:
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise ValueError(f"expected a matrix of at least 1 x 1, got shape {tuple(matrix.shape)}")
+    if matrix.is_meta:
+        raise ValueError("expected a matrix, got one without data (meta device)")
+    if matrix.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"expected a floating-point matrix of 16 bits or more an entry, got {matrix.dtype}"
+        )
+
+
+def _all_values(tall: torch.Tensor) -> tuple[npt.NDArray[np.float64], Method]:
+    """All singular values of a float64 matrix."""
+    method: Method
+    if tall.shape[0] < tall.shape[1]:
+        tall = tall.T
+    aspect = tall.shape[0] / tall.shape[1]
+    if aspect >= _GRAM_ASPECT:
+        method = "gram"
+        values = torch.linalg.eigvalsh(tall.T @ tall).flip(0).clamp_min(0).sqrt()
+    elif aspect >= _QR_ASPECT:
+        method = "qr"
+        values = torch.linalg.svdvals(torch.linalg.qr(tall, mode="r").R)
+    else:
+        method = "svdvals"
+        values = torch.linalg.svdvals(tall)
+    return values.cpu().numpy(), method
+
+
+def _block_krylov(
+    matrix: torch.Tensor, rank: int, basis: int, block: int, tolerance: float, seed: int
+) -> tuple[npt.NDArray[np.float64], float]:
+    """The largest values of A V, V an orthonormal basis of a Krylov space, and what they lack.
+
+    Algorithm RBKI of Tropp and Webber 2023, with one basis alone made orthogonal throughout, and
+    the Gram matrix of A V in place of the block bidiagonal one: it is right for whatever V came
+    out.
+    """
+    matrix = _row_major(matrix)
+    d, k = matrix.shape
+    like = {"dtype": matrix.dtype, "device": matrix.device}
+    # Vectors are rows: their blocks are then contiguous, and in the order that LAPACK's QR takes.
+    v = torch.empty(basis, k, **like)
+    products = torch.empty(basis, d, dtype=torch.float64, device=matrix.device)
+    gram = torch.empty(basis, basis, dtype=torch.float64, device=matrix.device)
+    generator = torch.Generator().manual_seed(seed)
+    following = torch.randn(min(block, basis), d, generator=generator).to(**like) @ matrix
+
+    values = torch.empty(0)
+    captured: list[float] = []
+    missing = math.inf
+    end = 0
+    while end < basis:
+        start, end = end, min(end + block, basis)
+        v[start:end] = _orthonormal(following[: end - start], v[:start], generator)
+        product, following = _products(matrix, v[start:end])
+        products[start:end] = product.T
+        gram[start:end, :end] = products[start:end] @ products[:end].T
+        if end >= rank:
+            # eigvalsh reads the lower triangle, which is the one that is filled.
+            squares = torch.linalg.eigvalsh(gram[:end, :end]).flip(0)[:rank].clamp_min(0)
+            values = squares.sqrt()
+            captured.append(float(squares.sum()))
+            missing = _missing(captured)
+            if missing <= tolerance * captured[-1]:
+                break
+    complete = end == min(d, k)
+    shortfall = 0.0 if complete else missing / captured[-1]
+    return values.cpu().numpy(), shortfall
+
+
+def _products(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A V and (A^T A V)^T for rows v = V^T.
+
+    On one thread of a CPU in strips of rows that stay in its cache, so that A comes from memory
+    once, not twice: with blocks as narrow as these that is half of the time. Several threads would
+    wait for each other at every strip, for seconds in all where other programs keep a core busy.
+    """
+    product = matrix.new_empty(len(matrix), len(v))
+    twice = torch.zeros_like(v)
+    columns = v.T.contiguous()
+    rows = len(matrix)
+    if matrix.device.type == "cpu" and torch.get_num_threads() == 1:
+        rows = max(_LEAST_ROWS, _STRIP_BYTES // (matrix.shape[1] * matrix.element_size()))
+    for strip, out in zip(matrix.split(rows), product.split(rows), strict=True):
+        torch.mm(strip, columns, out=out)
+        twice.addmm_(out.T, strip)
+    return product, twice
+
+
+def _row_major(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix or its transpose, whichever has its rows in one piece; else a copy."""
+    if matrix.T.is_contiguous():
+        return matrix.T
+    return matrix.contiguous()
+
+
+def _orthonormal(
+    rows: torch.Tensor, basis: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Orthonormal rows that span `rows` less their part in `basis`.
+
+    One projection leaves rounding errors in the basis, and a second one of the normalised rest
+    removes them ("twice is enough", Kahan and Parlett) unless the rest was nothing but such errors:
+    the Krylov space is exhausted. Directions lost in this way are drawn anew, which is as good as
+    any other start, and the passes go on until every row has kept most of its length.
+    """
+    for attempt in range(_PASSES):
+        rows = rows - (rows @ basis.T) @ basis
+        q, r = torch.linalg.qr(rows.T)
+        rows = q.T
+        kept = r.diagonal().abs()
+        if attempt > 0 and float(kept.min()) > 0.5:
+            break
+        lost = torch.nonzero(kept <= 1e-3 * kept.max()).view(-1)
+        if attempt > 0 and len(lost):
+            fresh = torch.randn(len(lost), rows.shape[1], generator=generator).to(rows)
+            rows[lost] = fresh / math.sqrt(rows.shape[1])
+    return rows
+
+
+def _missing(captured: list[float]) -> float:
+    """What further blocks would add, if each adds the same share of what the one before did."""
+    if len(captured) < 3:
+        return math.inf
+    gain, before = captured[-1] - captured[-2], captured[-2] - captured[-3]
+    if gain <= 0:
+        return 0.0
+    ratio = min(gain / before, 0.99) if before > 0 else 0.99
+    return gain * ratio / (1 - ratio)

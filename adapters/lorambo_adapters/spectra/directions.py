@@ -1,0 +1,290 @@
+"""Directions of rank 1 in all layers, their slopes, and their joint curvature.
+
+The derivative of sample n's loss along u v^T in a layer is u^T G_n v = sum_t (g_t . u)(x_t . v)
+over the sample's tokens, so it takes two thin products and no gradient of a sample.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        "lorambo_adapters.spectra.directions needs torch: pip install 'lorambo-alloc[torch]'",
+        name=missing.name,
+    ) from missing
+
+from lorambo_adapters.layers import TargetLayer, find_layers
+from lorambo_adapters.spectra.batches import (
+    MaskOf,
+    attention_masks,
+    for_passes,
+    frozen,
+    same_random_numbers,
+    shown,
+)
+from lorambo_adapters.spectra.candidates import candidate_directions
+from lorambo_adapters.spectra.curvature import Reduce
+from lorambo_adapters.spectra.factors import place, rows, warn_silent
+from lorambo_adapters.spectra.fisher import Fisher, FisherLoss, LossFn, Terms
+from lorambo_adapters.spectra.hooks import GradientHooks, Inputs, Mask
+from lorambo_adapters.spectra.whitening import Curvature
+from lorambo_alloc.costs import whole_number
+
+Directions: TypeAlias = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""Layer to (U, V), d x m and k x m: the candidates u_j v_j^T, one a column."""
+
+
+class Coupled(NamedTuple):
+    """What `CoupledQuadratic(b, C, rho, layers)` takes.
+
+    Attributes:
+        b: the mean loss's slope along each candidate, in units of loss per unit of coefficient.
+        C: the candidates' joint Fisher information, symmetric, positive semidefinite up to
+            rounding.
+        layers: the layer of each candidate: those of one layer stand together.
+        directions: layer to the candidates (U, V); the best update is -sum_j x_j u_j v_j^T with
+            x = (C + rho I)^-1 b on the chosen candidates.
+    """
+
+    b: npt.NDArray[np.float64]
+    C: npt.NDArray[np.float64]
+    layers: list[str]
+    directions: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def coupled_directions(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn | None = None,
+    directions: Directions | None = None,
+    *,
+    fisher: Fisher = "empirical",
+    curvature: Curvature | None = None,
+    per_layer: int = 8,
+    targets: str | Sequence[str] = "all-linear",
+    terms: Terms = None,
+    samples: Callable[[Any], int] | None = None,
+    mask: MaskOf | None = None,
+    reduce: Reduce | None = None,
+    seed: int = 0,
+) -> Coupled:
+    """Slopes and joint curvature of candidate directions in all layers: layers as they interact.
+
+    With c_n the derivatives of sample n's loss (the sum of its terms) along all M candidates,
+
+        b = (1/N) sum_n c_n,      C = (1/N) sum_n c_n c_n^T,      N terms,
+
+    that is the gradient and the Fisher information of the mean loss per term, restricted to the
+    candidates: C_ij = <d_i, F d_j> for directions d_i, d_j of the same layer or of different
+    ones, without any Kronecker or block-diagonal approximation. With the empirical Fisher and
+    several terms in a sample (tokens of a sequence) c_n c_n^T has the products of different terms
+    too: it is the Fisher of whole sequences. With drawn labels these vanish in expectation. C has
+    at most as large a rank as there are samples (times draws): use `rho` > 0 where candidates are
+    more.
+
+    With the empirical Fisher (and one term a sample) 1/2 b^T (C + rho I)^-1 b never exceeds 1/2, in
+    whatever units the loss is, as C is the second moment of what b is the mean of: such gains rank
+    candidates, but do not predict a fall of the loss. Those of the true Fisher do, as far as
+    a quadratic model reaches.
+
+    No gradient of a sample is formed: the time added is T (d + k) m multiplications for T tokens
+    and m candidates in a layer, and the memory (d + k) m numbers a layer, M numbers a sample of
+    the batch and M^2 for C (in float64).
+
+    Args:
+        model: any module; no parameter needs `requires_grad`. Samples must not interact (no batch
+            normalisation in training mode), and must be the first dimension of every layer's input.
+        batches: as in `curvature_factors`.
+        loss_fn: as in `curvature_factors`.
+        directions: layer to (U, V). By default `candidate_directions` of these batches, of
+            `per_layer` columns. A layer without any is left out.
+        fisher: as in `curvature_factors`; b always has the data's labels.
+        curvature: whitens the gradient for the default candidates.
+        per_layer: how many default candidates a layer has, at most.
+        targets: which layers, where `directions` does not say.
+        terms: as in `curvature_factors`.
+        samples: batch to how many samples it has; by default the first dimension of the first
+            tensor in it.
+        mask: as in `curvature_factors`.
+        reduce: as in `curvature_factors`; gets [N, b, C], not yet divided by N. Where workers have
+            different data, give them the same directions.
+        seed: as in `curvature_factors`.
+
+    Returns:
+        b, C, the layer of each candidate, and the candidates.
+
+    Raises:
+        ValueError: directions do not fit their layers, a layer's tokens are not a multiple of the
+            samples, or as `curvature_factors`.
+
+    Example:
+        >>> import torch
+        >>> from lorambo_alloc.submodular import CoupledQuadratic
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False)).double()
+        >>> x = torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+        >>> loss = lambda m, x: 3 * m(x).flatten()
+        >>> uv = {"0": (torch.ones(1, 2), torch.eye(2))}
+        >>> b, C, layers, _ = coupled_directions(model, [x], loss, uv)
+        >>> b, C
+        (array([3., 6.]), array([[18.,  0.],
+               [ 0., 72.]]))
+        >>> CoupledQuadratic(b, C, layers=layers).value([0, 1])
+        0.5
+    """
+    if directions is None:
+        batches = for_passes(batches, 2)
+        directions = candidate_directions(
+            model, batches, loss_fn, per_layer, curvature=curvature, targets=targets, terms=terms,
+            mask=mask, seed=seed,
+        )  # fmt: skip
+    derivatives = _SampleDerivatives(_layers(model, directions), directions)
+    losses = FisherLoss(loss_fn, fisher, terms)
+    mask = attention_masks(model, derivatives.layers) if mask is None else mask
+    samples = first_dimension if samples is None else samples
+    number, b, gram = (
+        torch.zeros(shape, device=derivatives.device, dtype=torch.float64)
+        for shape in ((1,), (derivatives.size,), (derivatives.size, derivatives.size))
+    )
+    hooks = GradientHooks(derivatives.layers, derivatives.receive, model=model)
+    count = 0
+    with (
+        frozen(model),
+        same_random_numbers(model, seed),
+        hooks,
+        shown(batches, 1, "directions") as one_pass,
+        torch.enable_grad(),
+    ):
+        for batch in one_pass(1):
+            # Not the hooks' own mask: it would drop rows, and with them which sample they are of.
+            derivatives.begin(samples(batch), mask(batch))
+            hooks.begin()
+            if not losses.empirical:
+                loss, _ = losses.total(model, batch)
+                loss.backward()
+                b += derivatives.take().sum(0)
+            terms_here, scalars = losses.moments(model, batch)
+            for scalar, last in scalars:
+                scalar.backward(retain_graph=not last)
+                c = derivatives.take()
+                gram += c.T @ c
+                if losses.empirical:
+                    b += c.sum(0)
+            number += terms_here
+            count += 1
+    if not count:
+        raise ValueError("batches: expected at least one batch, got none")
+    silent = [layer.name for layer in derivatives.layers if layer.name not in derivatives.reached]
+    warn_silent(silent, "gradient", "whose slopes are zero")
+    if reduce is not None:
+        reduce([number, b, gram])
+    slopes, joint = b / number, (gram + gram.T) / (2 * number)
+    return Coupled(
+        slopes.cpu().numpy(), joint.cpu().numpy(), derivatives.names, derivatives.directions
+    )
+
+
+def first_dimension(batch: Any) -> int:
+    """The first dimension of the first tensor in a batch.
+
+    Raises:
+        ValueError: it has none.
+    """
+    values = list(batch.values()) if hasattr(batch, "keys") else [batch]
+    while values:
+        value = values.pop(0)
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return len(value)
+        if isinstance(value, (list, tuple)):
+            values = [*value, *values]
+    raise ValueError("batch: expected a tensor in it, got none; pass samples=")
+
+
+class _SampleDerivatives:
+    """Derivatives of each sample's loss along all candidates, from one backward pass."""
+
+    def __init__(self, layers: Sequence[TargetLayer], directions: Directions) -> None:
+        self.layers: list[TargetLayer] = []
+        self.names: list[str] = []
+        self.directions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.reached: set[str] = set()
+        self._columns: dict[str, slice] = {}
+        self.size = 0
+        for layer in layers:
+            if getattr(layer.module, "padding_idx", None) is not None:
+                raise ValueError(
+                    f"layer {layer.name!r}: expected a layer with a row for every token, got an "
+                    "embedding table with padding_idx; leave it out"
+                )
+            u, v = directions[layer.name]
+            d, k = layer.shape
+            if u.ndim != 2 or tuple(u.shape) != (d, u.shape[1]) or v.shape != (k, u.shape[1]):
+                raise ValueError(
+                    f"directions: layer {layer.name!r}: expected U of shape ({d}, m) and V of "
+                    f"({k}, m), got {tuple(u.shape)} and {tuple(v.shape)}"
+                )
+            if not bool(torch.isfinite(u).all() and torch.isfinite(v).all()):
+                raise ValueError(f"directions: layer {layer.name!r}: got NaN or infinity")
+            device, dtype = place(layer)
+            u, v = u.detach().to(device, dtype), v.detach().to(device, dtype)
+            self.layers.append(layer)
+            self.directions[layer.name] = u, v
+            self._columns[layer.name] = slice(self.size, self.size + u.shape[1])
+            self.names += [layer.name] * u.shape[1]
+            self.size += u.shape[1]
+        where = place(self.layers[0])[0]
+        self.device = torch.device("cpu") if where.type == "mps" else where  # it has no float64
+        self._samples = 0
+        self._mask: Mask = None
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def begin(self, samples: int, mask: Mask) -> None:
+        """Say how many samples the next batch has, and which of its tokens count."""
+        self._samples = whole_number(samples, "samples", 1)
+        self._mask = mask
+        self._sums = {}
+
+    def receive(self, layer: TargetLayer, inputs: Inputs, gradient: torch.Tensor) -> None:
+        """Add (g_t . u)(x_t . v) to the sample of each token."""
+        self.reached.add(layer.name)
+        tokens = rows(inputs)
+        if tokens % self._samples:
+            raise ValueError(
+                f"layer {layer.name!r}: expected a multiple of {self._samples} samples as its "
+                f"tokens, got {tokens}; pass samples="
+            )
+        u, v = (each.to(gradient) for each in self.directions[layer.name])
+        products = (gradient @ u) * inputs.times(v)
+        mask = self._mask.get(layer.name) if isinstance(self._mask, Mapping) else self._mask
+        if mask is not None and mask.numel() == tokens:
+            products *= (mask.reshape(-1, 1) != 0).to(products)
+        added = products.view(self._samples, -1, products.shape[1]).sum(1)
+        before = self._sums.get(layer.name)
+        self._sums[layer.name] = added if before is None else before + added
+
+    def take(self) -> torch.Tensor:
+        """What the last backward pass has summed, in float64."""
+        c = torch.zeros(self._samples, self.size, device=self.device, dtype=torch.float64)
+        for name, sums in self._sums.items():
+            c[:, self._columns[name]] = sums.to(device=self.device).double()
+        self._sums = {}
+        return c
+
+
+def _layers(model: torch.nn.Module, directions: Directions) -> list[TargetLayer]:
+    if not directions:
+        raise ValueError("directions: expected at least one layer, got none")
+    found = {
+        layer.name: layer for layer in find_layers(model, "|".join(map(re.escape, directions)))
+    }
+    for name in directions:
+        if name not in found:
+            raise ValueError(f"directions: expected names of the model's layers, got {name!r}")
+    return [found[name] for name in directions]

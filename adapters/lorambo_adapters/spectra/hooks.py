@@ -1,0 +1,409 @@
+"""Hooks that hand over what a layer was given, and the gradient that came back to its output.
+
+Frozen layers get no weight gradient and keep no input; these hooks take both sides of the product
+G = g^T x (rows are tokens) where the backward pass has them, so that nobody has to form G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, TypeAlias
+
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        "lorambo_adapters.spectra.hooks needs torch: pip install 'lorambo-alloc[torch]'",
+        name=missing.name,
+    ) from missing
+
+from lorambo_adapters.layers import TargetLayer
+
+Mask: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor] | None
+"""Which tokens count: nonzero entries of one tensor, or one a layer by name; None is all."""
+
+
+class DenseInputs:
+    """A layer's input, one row a token.
+
+    Args:
+        matrix: tokens x k, in the model's precision.
+        dtype: the precision of the sums; by default that of the matrix.
+    """
+
+    def __init__(self, matrix: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        self._matrix = matrix
+        self.dtype = matrix.dtype if dtype is None else dtype
+        self._known: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+
+    def __len__(self) -> int:
+        return len(self._matrix)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """Tokens x k in the precision of the sums; converted at each use where it has another."""
+        return self._matrix.to(self.dtype)
+
+    def pieces(self, gradient: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Consecutive rows of input and gradient that fit into a processor's cache, converted."""
+        rows = _piece(self._matrix)
+        pairs = zip(self._matrix.split(rows), gradient.split(rows), strict=True)
+        return ((x.to(self.dtype), g.to(self.dtype)) for x, g in pairs)
+
+    def products(self, test: torch.Tensor) -> list[torch.Tensor]:
+        """Where the products of the pieces with a test matrix are kept, for layers that share X.
+
+        Empty for another test matrix than the last one.
+        """
+        if self._known is None or self._known[0] is not test:
+            self._known = test, []
+        return self._known[1]
+
+    def times(self, test: torch.Tensor) -> torch.Tensor:
+        """X @ test."""
+        return self.matrix @ test
+
+    def accumulate(self, out: torch.Tensor, left: torch.Tensor, scale: float) -> None:
+        """Add scale * left^T X to `out`."""
+        add_product(out, left, self.matrix, scale)
+
+
+class TokenInputs:
+    """The input of an embedding table: indices, that is rows of the identity.
+
+    Args:
+        ids: the index of each token, 1-D.
+        dtype: the precision of the sums.
+    """
+
+    def __init__(self, ids: torch.Tensor, dtype: torch.dtype) -> None:
+        self.ids = ids
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def pieces(self, gradient: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All indices, and the gradient, converted."""
+        yield self.ids, gradient.to(self.dtype)
+
+    def products(self, test: torch.Tensor) -> list[torch.Tensor]:
+        """Nowhere: choosing rows takes no time."""
+        return []
+
+    def times(self, test: torch.Tensor) -> torch.Tensor:
+        """The rows of `test` that the tokens choose."""
+        return product(self.ids, test)
+
+    def accumulate(self, out: torch.Tensor, left: torch.Tensor, scale: float) -> None:
+        """Add scale * left^T X to `out`."""
+        add_product(out, left, self.ids, scale)
+
+
+def product(x: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
+    """X @ test, for inputs or for indices."""
+    return x @ test if x.is_floating_point() else test[x]
+
+
+def add_product(out: torch.Tensor, left: torch.Tensor, x: torch.Tensor, scale: float) -> None:
+    """Add scale * left^T X to `out`, for inputs or for indices."""
+    if x.is_floating_point():
+        out.addmm_(left.T, x, alpha=scale)
+    else:
+        out.index_add_(1, x, left.T, alpha=scale)
+
+
+Inputs: TypeAlias = DenseInputs | TokenInputs
+
+
+class _Hooks:
+    """Forward hooks on the layers' modules, and inputs as matrices. A context manager."""
+
+    def __init__(self, layers: Iterable[TargetLayer]) -> None:
+        self.layers = list(layers)
+        for layer in self.layers:
+            if layer.kind == "expert":
+                raise ValueError(
+                    f"layer {layer.name!r}: expected a module of its own, got a bare parameter "
+                    "(such as an expert in a 3-D tensor), whose input no hook sees; leave it out "
+                    "of the targets"
+                )
+            groups = getattr(layer.module, "groups", 1) if layer.kind == "conv2d" else 1
+            if groups > 1:
+                raise ValueError(
+                    f"layer {layer.name!r}: expected a convolution without groups, got {groups}, "
+                    "among which PEFT splits the ranks; leave it out of the targets"
+                )
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._rows: dict[str | None, torch.Tensor | None] = {}
+        self._sizes: dict[str | None, int] = {}
+        self._last: tuple[Any, torch.Tensor, DenseInputs] | None = None
+        self.called: set[str] = set()
+        self.finished: set[str] = set()
+
+    def __enter__(self):
+        for layer in self.layers:
+            self._handles.append(
+                layer.module.register_forward_hook(self._forward(layer), with_kwargs=True)
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._last = None
+
+    def begin(self, mask: Mask = None) -> None:
+        """Set the mask of the next forward pass.
+
+        Args:
+            mask: nonzero where a token counts, of the shape of a layer's input without its last
+                dimension (or flattened). A layer whose input has another number of rows, such as
+                a pooler's, is not masked. A mapping gives a mask a layer, and none to the others.
+        """
+        self._last = None
+        self._rows, self._sizes = {}, {}
+        masks = mask if isinstance(mask, Mapping) else {None: mask}
+        for name, tensor in masks.items():
+            if tensor is None:
+                continue
+            if not isinstance(tensor, torch.Tensor):
+                what = "mask" if name is None else f"layer {name!r}: mask"
+                raise ValueError(f"{what}: expected a tensor, got {type(tensor).__name__}")
+            flat = tensor.detach().reshape(-1) != 0
+            self._sizes[name] = len(flat)
+            self._rows[name] = None if bool(flat.all()) else flat.nonzero().squeeze(1)
+
+    def _forward(self, layer: TargetLayer) -> Callable[..., Any]:
+        raise NotImplementedError
+
+    def _kept(self, layer: TargetLayer, tokens: int, device: torch.device) -> torch.Tensor | None:
+        """The rows of a layer's input that the mask keeps, or None where it keeps them all."""
+        name = layer.name if layer.name in self._sizes else None
+        rows = self._rows.get(name)
+        if rows is None or self._sizes[name] != tokens:
+            return None
+        if rows.device != device:
+            rows = self._rows[name] = rows.to(device)
+        return rows
+
+    def _inputs(
+        self, layer: TargetLayer, x: torch.Tensor, rows: torch.Tensor | None, dtype: torch.dtype
+    ) -> Inputs:
+        """The input as a matrix; layers with one input (q, k and v) share one object."""
+        if layer.kind == "embedding":
+            ids = x.reshape(-1)
+            return TokenInputs(ids if rows is None else ids[rows], dtype)
+        if layer.kind == "conv2d":
+            return DenseInputs(_patches(layer, x), dtype)
+        version = 0 if x.is_inference() else x._version
+        which = None if rows is None else rows.data_ptr()
+        key = (x.data_ptr(), x.shape, x.stride(), x.dtype, version, which, dtype)
+        # The tensor is held too, or its memory could be another input's by the next call.
+        if self._last is None or self._last[0] != key:
+            matrix = x.reshape(-1, x.shape[-1])
+            matrix = matrix if rows is None else matrix[rows]
+            self._last = key, x, DenseInputs(matrix, dtype)
+        return self._last[2]
+
+
+class InputHooks(_Hooks):
+    """Calls `receive(layer, inputs)` at every forward call of a layer.
+
+    Args:
+        layers: where to listen.
+        receive: gets the layer and its input, a `DenseInputs` or, for an embedding table, a
+            `TokenInputs`, without the tokens that the mask leaves out.
+
+    Raises:
+        ValueError: a layer is a bare parameter (an expert of a 3-D tensor) or a convolution with
+            groups, or has no tensor as its input.
+    """
+
+    def __init__(
+        self, layers: Iterable[TargetLayer], receive: Callable[[TargetLayer, Inputs], None]
+    ) -> None:
+        super().__init__(layers)
+        self._receive = receive
+
+    def _forward(self, layer: TargetLayer) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.called.add(layer.name)
+            x = _first_tensor(layer, args, kwargs)
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                tokens = x.numel() if layer.kind == "embedding" else x[..., 0].numel()
+                rows = self._kept(layer, tokens, x.device)
+                self._receive(layer, self._inputs(layer, x.detach(), rows, sum_dtype(x.dtype)))
+
+        return hook
+
+
+class GradientHooks(_Hooks):
+    """Calls `receive(layer, inputs, g)` when the backward pass reaches a layer.
+
+    No weight needs `requires_grad`: where the output of a layer would not be part of the graph, the
+    hook makes it so. The input is kept for the backward pass through autograd's own saved tensors,
+    as training a LoRA keeps it, so gradient checkpointing (of both kinds) drops and recomputes it,
+    and each call counts once. A layer called several times in one pass is received several times.
+
+    Args:
+        layers: where to listen.
+        receive: gets the layer, its input (`DenseInputs`, or `TokenInputs` for an embedding table)
+            and the gradient of its output, tokens x d, both without the tokens that the mask
+            leaves out, in float32 (float64 where the gradient is). Autocast is off inside.
+        model: where given and one of its modules has `gradient_checkpointing` on, the outputs of
+            its embedding tables join the graph; else reentrant checkpoints would have no gradient.
+        convert: False leaves the gradient in the model's precision, for a receiver that converts
+            it piece by piece to `inputs.dtype`.
+
+    Raises:
+        ValueError: a layer is a bare parameter (an expert of a 3-D tensor) or a convolution with
+            groups, or has no tensor as its input.
+
+    Example:
+        >>> import torch
+        >>> from lorambo_adapters.layers import find_layers
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2)).requires_grad_(False)
+        >>> def show(layer, inputs, g):
+        ...     print(layer.name, (g.T @ inputs.matrix).tolist())
+        >>> with GradientHooks(find_layers(model, ["0"]), show):
+        ...     model(torch.tensor([[1.0, 2.0, 3.0]])).sum().backward()
+        0 [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[TargetLayer],
+        receive: Callable[[TargetLayer, Inputs, torch.Tensor], None],
+        *,
+        model: torch.nn.Module | None = None,
+        convert: bool = True,
+    ) -> None:
+        super().__init__(layers)
+        self._receive = receive
+        self._convert = convert
+        self._model = model
+        self._anchors: dict[torch.device, torch.Tensor] = {}
+
+    def __enter__(self):
+        super().__enter__()
+        if self._model is not None and any(
+            getattr(module, "gradient_checkpointing", False) for module in self._model.modules()
+        ):
+            targets = {id(layer.module) for layer in self.layers}
+            for module in self._model.modules():
+                if isinstance(module, torch.nn.Embedding) and id(module) not in targets:
+                    self._handles.append(module.register_forward_hook(_join_graph))
+        return self
+
+    def _forward(self, layer: TargetLayer) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            self.called.add(layer.name)
+            if not torch.is_grad_enabled() or layer.name in self.finished:
+                return None  # evaluation, or the first run of a reentrant checkpoint
+            if not isinstance(output, torch.Tensor):
+                raise ValueError(
+                    f"layer {layer.name!r}: expected a tensor as its output, got "
+                    f"{type(output).__name__}"
+                )
+            x = _first_tensor(layer, args, kwargs).detach()
+            # Any input that requires a gradient makes autograd call the tap.
+            anchor = self._anchors.get(output.device)
+            if anchor is None:
+                anchor = torch.zeros((), device=output.device, requires_grad=True)
+                self._anchors[output.device] = anchor
+            return _Tap.apply(output, x, anchor, layer, self._deliver)
+
+        return hook
+
+    def _deliver(self, layer: TargetLayer, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        if not self._handles:
+            return
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            dtype = sum_dtype(gradient.dtype)
+            if layer.kind == "conv2d":
+                g = gradient.flatten(2).transpose(1, 2).reshape(-1, gradient.shape[1])
+                rows = None
+            else:
+                g = gradient.reshape(-1, gradient.shape[-1])
+                rows = self._kept(layer, len(g), g.device)
+                padding = getattr(layer.module, "padding_idx", None)
+                if layer.kind == "embedding" and padding is not None:
+                    ids = x.reshape(-1)
+                    kept = torch.arange(len(ids), device=ids.device) if rows is None else rows
+                    rows = kept[ids[kept] != padding]  # that row of the table is not trained
+                g = g if rows is None else g[rows]
+            g = g.to(dtype) if self._convert else g
+            self._receive(layer, self._inputs(layer, x, rows, dtype), g)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, in place; its backward pass hands over the saved input and the gradient.
+
+    In place, because a view would forbid what models do next, such as ReLU(inplace=True).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Any, x: Any, anchor: Any, layer: Any, deliver: Any) -> Any:
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.deliver = layer, deliver
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        ctx.deliver(ctx.layer, x, gradient)
+        return gradient if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+def _piece(matrix: torch.Tensor) -> int:
+    """Rows that are worked on at once."""
+    if matrix.device.type != "cpu":
+        return 8192
+    # A quarter of a megabyte in float32: each side of the product is read twice, for its own test
+    # matrix and for the other side's, and the second time comes from the cache (measured).
+    return min(256, max(64, (1 << 16) // matrix.shape[1] // 16 * 16))
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which sums over tokens are kept: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _join_graph(module: torch.nn.Module, args: Any, output: Any) -> Any:
+    if torch.is_grad_enabled() and isinstance(output, torch.Tensor) and not output.requires_grad:
+        # A copy, because a leaf that requires a gradient cannot be changed in place.
+        return output.detach().requires_grad_().clone()
+    return None
+
+
+def _first_tensor(layer: TargetLayer, args: Any, kwargs: Any) -> torch.Tensor:
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(
+            f"layer {layer.name!r}: expected a tensor as its input, got {type(x).__name__}"
+        )
+    return x
+
+
+def _patches(layer: TargetLayer, x: torch.Tensor) -> torch.Tensor:
+    """The patches that a Conv2d multiplies, one row each."""
+    module: Any = layer.module
+    x = x if x.ndim == 4 else x[None]
+    padding = module.padding
+    if isinstance(padding, str) or module.padding_mode != "zeros":
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = torch.nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        padding = 0
+    columns = torch.nn.functional.unfold(
+        x, module.kernel_size, dilation=module.dilation, padding=padding, stride=module.stride
+    )
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])

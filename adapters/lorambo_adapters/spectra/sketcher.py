@@ -1,0 +1,345 @@
+"""The context manager that sketches all layers' gradients during backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        "lorambo_adapters.spectra.sketcher needs torch: pip install 'lorambo-alloc[torch]'",
+        name=missing.name,
+    ) from missing
+
+from lorambo_adapters.layers import TargetLayer, find_layers
+from lorambo_adapters.spectra.batches import warn_unreached
+from lorambo_adapters.spectra.hooks import GradientHooks, Inputs, Mask, sum_dtype
+from lorambo_adapters.spectra.sketch import (
+    PROBES,
+    ExactSum,
+    Gaussians,
+    Sketch,
+    SubspaceSketch,
+    TwoSidedSketch,
+    Whitening,
+    two_sided_widths,
+)
+from lorambo_alloc import Spectra
+from lorambo_alloc.costs import whole_number
+
+_VERSION = 1
+
+
+class GradientSketcher:
+    """Sketches the gradients of frozen layers during backward passes. A context manager.
+
+    For every layer of shape (d, k) it sums a sketch of G = sum of g x^T, the gradient with respect
+    to the weight, without forming it. Where d k numbers are no more than the sketch's, G itself is
+    summed. Sketches of several batches and of several workers add up (`merge`, `accumulators`).
+
+    Memory: (d + k) s numbers a layer with one pass and 2 (d + k) s with more (s is the width; plus
+    8 vectors in the last of several passes, the bases of the pass before, and with a whitening the
+    test matrices), in float32, or float64 where the weights are; once for all layers, the Gaussian
+    test matrices, at most 5 s / 2 or 2 s + 16 columns of the longest side. Beyond that each layer's
+    input is kept until its backward pass, as training a LoRA keeps it, and one input's product with
+    a test matrix.
+
+    Args:
+        model: runs the forward passes. No parameter needs `requires_grad`; those that have it
+            get their gradients as ever (`gradient_spectra` turns it off meanwhile).
+        rank: at most this many values a layer.
+        targets: which layers, as PEFT's `target_modules`.
+        curvature: layer to (A^-1/2, B^-1/2), symmetric matrices k x k and d x d, or 1-D diagonals,
+            or None for the identity: the spectra are those of B^-1/2 G A^-1/2. Test matrices and
+            sums are multiplied by them, never the tokens. None: of G.
+        width: s, by default the rank but at least 16.
+        passes: how often all batches will be run through. One pass gives 3 s / 4 values from a
+            two-sided sketch, which are coarse where the spectrum is flat (see `gradient_spectra`);
+            more passes give accurate ones.
+        seed: of the test matrices; workers must use the same one.
+
+    Raises:
+        ValueError: an argument is out of range, no layer is a target, or a layer of `curvature` is
+            missing or has another shape.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2)).requires_grad_(False)
+        >>> with GradientSketcher(model, rank=2, targets=["0"]) as sketcher:
+        ...     for x in (torch.eye(3), torch.ones(1, 3)):
+        ...         sketcher.begin()
+        ...         model(x).sum().backward()
+        >>> sketcher.spectra()["0"].round(6)
+        array([2.44949, 0.     ])
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        rank: int = 64,
+        targets: str | Sequence[str] = "all-linear",
+        curvature: Mapping[str, Whitening] | None = None,
+        width: int | None = None,
+        passes: int = 1,
+        seed: int = 0,
+    ) -> None:
+        rank = whole_number(rank, "rank", 1)
+        width = max(rank, 16) if width is None else whole_number(width, "width", 4)
+        passes = whole_number(passes, "passes", 1)
+        self.layers = find_layers(model, targets)
+        self.rank, self.width, self.passes, self.seed = rank, width, passes, seed
+        self.batches = 0
+        self.number = 1
+        self._whitened = curvature is not None
+        self._scale = 1.0
+        self._inexact = 2 * width if passes > 1 else width  # numbers a row and column of a sketch
+        columns = two_sided_widths(width)[1]
+        if passes == 1:
+            right = left = columns
+        else:
+            last_on_right = passes % 2 == 1
+            right = 2 * width + (PROBES if last_on_right else 0)
+            left = 0 if last_on_right else PROBES
+        sides = [max(layer.shape) for layer in self.layers if not self._exact(layer.shape)]
+        self._gaussians = Gaussians(max(sides, default=1), right, left, seed)
+        self._sketches = {
+            layer.name: self._sketch(layer, _whitening(layer, curvature)) for layer in self.layers
+        }
+        self._hooks = GradientHooks(self.layers, self._receive, model=model, convert=False)
+        self._reached: set[str] = set()
+
+    def _exact(self, shape: tuple[int, int]) -> bool:
+        return shape[0] * shape[1] <= sum(shape) * self._inexact
+
+    def _sketch(self, layer: TargetLayer, whitening: Whitening) -> Sketch:
+        weight = getattr(layer.module, layer.parameter)
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        dtype = sum_dtype(weight.dtype)
+        if self._exact(layer.shape):
+            return ExactSum(layer.shape, whitening, device, dtype)
+        if self.passes == 1:
+            return TwoSidedSketch(
+                layer.shape, self.width, self._gaussians, whitening, device, dtype
+            )
+        return SubspaceSketch(
+            layer.shape, self.width, self.passes, self._gaussians, whitening, device, dtype
+        )
+
+    def __enter__(self) -> GradientSketcher:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._hooks.__exit__(kind, error, traceback)
+
+    def begin(self, mask: Mask = None, loss_scale: Any = 1.0) -> None:
+        """Say that the next batch begins; call it before its forward pass.
+
+        Args:
+            mask: which tokens count, such as the batch's attention mask (`GradientHooks.begin`).
+            loss_scale: what the loss is multiplied by before `backward`, to be divided out: a
+                number, or a `torch.amp.GradScaler`.
+
+        Raises:
+            ValueError: the scale is not a positive number, or the mask is not a tensor.
+        """
+        scale = positive_scale(loss_scale)
+        self._hooks.begin(mask)
+        self._scale = 1 / scale
+        self.batches += 1
+
+    def _receive(self, layer: TargetLayer, inputs: Inputs, gradient: torch.Tensor) -> None:
+        self._reached.add(layer.name)
+        self._sketches[layer.name].update(inputs, gradient, self._scale)
+
+    @property
+    def complete(self) -> bool:
+        """Whether no further pass over the batches would change anything."""
+        exact = all(isinstance(sketch, ExactSum) for sketch in self._sketches.values())
+        return exact or self.number == self.passes
+
+    def next_pass(self) -> None:
+        """Turn this pass's sums into the next one's test matrices, in the same way on all workers.
+
+        Workers add their `accumulators` up before. Sums that are exact already stop growing.
+
+        Raises:
+            ValueError: all passes are done, or a sum is not finite (the layer is named).
+        """
+        if self.number >= self.passes:
+            raise ValueError(f"all {self.passes} passes are done")
+        for name, sketch in self._sketches.items():
+            self._check_finite(name)
+            sketch.next_pass(float(max(self.batches, 1)))
+            if not sketch.accumulators:
+                self._hooks.finished.add(name)
+        self.number += 1
+        self.batches = 0
+
+    def accumulators(self) -> list[torch.Tensor]:
+        """This pass's sums, contiguous, in an order of the layers alone, for an all-reduce.
+
+        Add up in place, and set `batches` to the sum of the workers' counts.
+        """
+        sums = [a for sketch in self._sketches.values() for a in sketch.accumulators]
+        return [a if a.is_contiguous() else a.T for a in sums]
+
+    def merge(self, other: GradientSketcher) -> None:
+        """Add the sums of another sketcher of the same layers, settings and pass.
+
+        Raises:
+            ValueError: it differs in one of these.
+        """
+        self._check_settings(other._settings(), "merge")
+        for name, sketch in self._sketches.items():
+            theirs = other._sketches[name]
+            for mine, same in zip(sketch.carried, theirs.carried, strict=True):
+                if not torch.equal(mine, same.to(mine.device)):
+                    raise ValueError(
+                        f"merge: layer {name!r}: the sketches come from different passes before"
+                    )
+            for mine, added in zip(sketch.accumulators, theirs.accumulators, strict=True):
+                mine.add_(added.to(mine.device))
+        self.batches += other.batches
+        self._reached |= other._reached
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums, bases and counts: tensors, numbers and strings (`weights_only` loads them).
+
+        The tensors are those in use, as in a module's state dict. A whitening is not part of it.
+        """
+        return {
+            "version": _VERSION,
+            "settings": self._settings(),
+            "batches": self.batches,
+            "reached": sorted(self._reached),
+            "sums": {name: list(s.accumulators) for name, s in self._sketches.items()},
+            "carried": {name: list(s.carried) for name, s in self._sketches.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where another sketcher of the same layers and settings stood.
+
+        Raises:
+            ValueError: the state is of another version, or of other layers or settings.
+        """
+        if state.get("version") != _VERSION:
+            raise ValueError(
+                f"load_state_dict: expected version {_VERSION}, got {state.get('version')!r}"
+            )
+        theirs = dict(state["settings"])
+        number = theirs["number"]
+        self._check_settings({**theirs, "number": self.number}, "load_state_dict")
+        for name, sketch in self._sketches.items():
+            where = sketch.accumulators[0] if sketch.accumulators else sketch.carried[0]
+            sketch.restore(number, [t.to(where, copy=True) for t in state["carried"][name]])
+            if not sketch.accumulators:
+                self._hooks.finished.add(name)
+            for mine, loaded in zip(sketch.accumulators, state["sums"][name], strict=True):
+                mine.copy_(loaded)
+        self.number, self.batches = number, int(state["batches"])
+        self._reached = set(state["reached"])
+
+    def spectra(self, source: str | None = None) -> Spectra:
+        """The spectra of the mean gradient over the batches begun (of the sum where none was).
+
+        Args:
+            source: what to record as their origin, put before how they were computed.
+
+        Returns:
+            At most `rank` values a layer, and an estimate of the energy outside them.
+
+        Raises:
+            ValueError: a sum is not finite, or passes are missing; the message names the layer.
+
+        Warns:
+            UserWarning: no gradient reached some layers, whose spectra are therefore zero.
+        """
+        values: dict[str, np.ndarray] = {}
+        unresolved: dict[str, float] = {}
+        for name, sketch in self._sketches.items():
+            self._check_finite(name)
+            try:
+                found, missed = sketch.spectrum(float(max(self.batches, 1)))
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from error
+            values[name] = found[: self.rank]
+            unresolved[name] = missed + float(np.square(found[self.rank :]).sum())
+        silent = [layer.name for layer in self.layers if layer.name not in self._reached]
+        warn_unreached(silent, "gradient")
+        exact = sum(isinstance(sketch, ExactSum) for sketch in self._sketches.values())
+        what = "whitened gradient" if self._whitened else "gradient"
+        method = (
+            f"{what} of the mean loss of {max(self.batches, 1)} batches; {exact} layers summed "
+            f"exactly, {len(values) - exact} sketched with width {self.width} in {self.number} "
+            f"pass{'es' if self.number > 1 else ''}, seed {self.seed}"
+        )
+        return Spectra(
+            values,
+            shapes={layer.name: layer.shape for layer in self.layers},
+            source=f"{source}; {method}" if source else method,
+            unresolved=unresolved,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "layers": {layer.name: list(layer.shape) for layer in self.layers},
+            "rank": self.rank,
+            "width": self.width,
+            "passes": self.passes,
+            "seed": self.seed,
+            "number": self.number,
+            "drawn": self._gaussians.fingerprint(),
+        }
+
+    def _check_settings(self, theirs: Mapping[str, Any], what: str) -> None:
+        for name, mine in self._settings().items():
+            if theirs.get(name) != mine:
+                label = "pass" if name == "number" else name
+                shown = "the same" if name in ("layers", "drawn") else repr(mine)
+                given = "others" if name in ("layers", "drawn") else repr(theirs.get(name))
+                raise ValueError(f"{what}: {label}: expected {shown}, got {given}")
+
+    def _check_finite(self, name: str) -> None:
+        for accumulator in self._sketches[name].accumulators:
+            if not bool(torch.isfinite(accumulator).all()):
+                raise ValueError(
+                    f"layer {name!r}: expected finite gradients, got NaN or infinity (with "
+                    "float16, lower the loss scale)"
+                )
+
+
+def _whitening(layer: TargetLayer, curvature: Mapping[str, Whitening] | None) -> Whitening:
+    if curvature is None:
+        return None, None
+    if layer.name not in curvature:
+        raise ValueError(f"curvature: layer {layer.name!r} is missing")
+    right, left = curvature[layer.name]
+    d, k = layer.shape
+    for side, factor, size in (("A^-1/2", right, k), ("B^-1/2", left, d)):
+        if factor is not None and tuple(factor.shape) not in ((size, size), (size,)):
+            raise ValueError(
+                f"curvature: layer {layer.name!r}: expected {side} of shape ({size}, {size}) or "
+                f"({size},), got {tuple(factor.shape)}"
+            )
+    return right, left
+
+
+def positive_scale(loss_scale: Any) -> float:
+    """A loss scale as a number: itself, or a GradScaler's at this moment."""
+    read = getattr(loss_scale, "get_scale", None)
+    scale = float(loss_scale if read is None else read())
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"loss_scale: expected a positive number, got {loss_scale!r}")
+    return scale

@@ -1,0 +1,196 @@
+"""Kronecker factors of a layer's curvature, and the whitening they define."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        "lorambo_adapters.spectra.whitening needs torch: pip install 'lorambo-alloc[torch]'",
+        name=missing.name,
+    ) from missing
+
+from lorambo_adapters.spectra.sketch import Whitening, times
+
+
+class SymmetricFactor:
+    """One factor by its eigenvalues and eigenvectors, float64, with damping on the eigenvalues.
+
+    Args:
+        values: n eigenvalues; negative ones are rounding, and become 0.
+        vectors: n x n, an eigenvector a column; None for a diagonal factor.
+        damping: added to each eigenvalue, relative to their mean.
+        rounding: the machine epsilon that the sums were made with. Eigenvalues that with damping
+            are below n x rounding x the largest count as 0, and have the inverse 0: only without
+            damping, or in a factor that is zero.
+    """
+
+    def __init__(
+        self,
+        values: torch.Tensor,
+        vectors: torch.Tensor | None,
+        damping: float,
+        rounding: float = 2.0**-52,
+    ) -> None:
+        self.values = values.double().clamp(min=0)
+        self.vectors = vectors
+        self.damping = damping * float(self.values.mean())
+        largest = float(self.values.max()) + self.damping
+        self._tiny = len(self.values) * rounding * largest
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor, damping: float, rounding: float) -> SymmetricFactor:
+        """From a symmetric matrix (eigh in float64), or from a diagonal, 1-D."""
+        # Apple's MPS knows no float64.
+        matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()
+        if matrix.ndim == 1:
+            return cls(matrix, None, damping, rounding)
+        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        return cls(values, vectors, damping, rounding)
+
+    def power(self, exponent: float, *, damped: bool = True) -> torch.Tensor:
+        """The factor to a power, in float64: n x n, or the diagonal.
+
+        Args:
+            exponent: any; negative ones are of the pseudo-inverse where eigenvalues count as 0.
+            damped: whether damping is added to the eigenvalues first.
+        """
+        values = self.values + self.damping if damped else self.values
+        if exponent < 0:
+            kept = values > self._tiny
+            powers = torch.where(kept, torch.where(kept, values, 1.0) ** exponent, 0.0)
+        else:
+            powers = values**exponent
+        if self.vectors is None:
+            return powers
+        return (self.vectors * powers) @ self.vectors.T
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A layer's curvature A kron B: an update D costs 1/2 tr(D^T B D A) to second order.
+
+    Attributes:
+        name: the layer's.
+        shape: (d, k).
+        right: A, k x k, of the inputs; None for the identity.
+        left: B, d x d, of the output gradients; None for the identity.
+
+    With factored damping (Martens, Grosse 2015, section 6.3, without its balance of the two sides):
+    A + a I and B + b I, with a and b relative to the mean eigenvalue of each.
+
+    Memory: 8 (k^2 + d^2) bytes, 8 (k + d) where both are diagonal; layers with one input share A.
+    Each method returns new float64 tensors.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    right: SymmetricFactor | None = None
+    left: SymmetricFactor | None = None
+
+    @property
+    def damping(self) -> tuple[float, float]:
+        """What is added to the eigenvalues of A and of B, absolute; 0 for the identity."""
+        right, left = (0.0 if s is None else s.damping for s in (self.right, self.left))
+        return right, left
+
+    def powers(self, exponent: float, *, damped: bool = True) -> Whitening:
+        """A and B to a power: square matrices, 1-D diagonals, or None for the identity."""
+        right, left = (
+            None if side is None else side.power(exponent, damped=damped)
+            for side in (self.right, self.left)
+        )
+        return right, left
+
+    def whitening(self) -> Whitening:
+        """(A^-1/2, B^-1/2), damped: what `gradient_spectra` takes."""
+        return self.powers(-0.5)
+
+    def whiten(self, gradient: torch.Tensor) -> torch.Tensor:
+        """G~ = B^-1/2 G A^-1/2, in float64."""
+        return self._both(self.whitening(), gradient)
+
+    def weigh(self, update: torch.Tensor) -> torch.Tensor:
+        """M = B^1/2 D A^1/2, in float64: 1/2 |M|_F^2 = 1/2 tr(D^T B D A)."""
+        return self._both(self.powers(0.5), update)
+
+    def best_update(self, gradient: torch.Tensor, rank: int) -> torch.Tensor:
+        """The update of at most this rank that lowers <G, D> + 1/2 tr(D^T B D A) most.
+
+        It is -B^-1/2 [B^-1/2 G A^-1/2]_r A^-1/2, with [.]_r the best approximation of rank r
+        (Eckart, Young 1936), and lowers it by half the sum of the r largest squared singular
+        values.
+
+        Args:
+            gradient: G, d x k.
+            rank: r.
+        """
+        pair = self.whitening()
+        u, sigma, v = torch.linalg.svd(self._both(pair, gradient), full_matrices=False)
+        return -self._both(pair, (u[:, :rank] * sigma[:rank]) @ v[:rank])
+
+    def _both(self, pair: Whitening, matrix: torch.Tensor) -> torch.Tensor:
+        if tuple(matrix.shape) != self.shape:
+            raise ValueError(
+                f"layer {self.name!r}: expected a matrix of shape {self.shape}, got "
+                f"{tuple(matrix.shape)}"
+            )
+        matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).detach().double()
+        return times(pair[0], times(pair[1], matrix).T).T
+
+
+class Curvature(Mapping[str, Factors]):
+    """Layer name to its Kronecker factors, with how they were made.
+
+    Attributes:
+        kind: "none", "input", "kfac", "ekfac" or "diagonal".
+        terms: how many terms of the loss they are means over (0 where no gradient was taken).
+        damping: relative to the mean eigenvalue of each factor.
+        source: how they were made, in words.
+    """
+
+    def __init__(
+        self, factors: Mapping[str, Factors], *, kind: str, terms: int, damping: float, source: str
+    ) -> None:
+        self._factors = dict(factors)
+        self.kind, self.terms, self.damping, self.source = kind, terms, damping, source
+
+    def __getitem__(self, name: str) -> Factors:
+        return self._factors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    @property
+    def in_loss_units(self) -> bool:
+        """Whether 1/2 sigma^2 of a whitened gradient is in units of the loss."""
+        return self.kind in ("kfac", "ekfac", "diagonal")
+
+    def whitenings(self) -> dict[str, Whitening]:
+        """Layer to (A^-1/2, B^-1/2), for `gradient_spectra(curvature=...)`."""
+        return self._pairs(-0.5)
+
+    def matrices(self) -> dict[str, Whitening]:
+        """Layer to (A, B), damped; None for the identity, 1-D for a diagonal."""
+        return self._pairs(1.0)
+
+    def _pairs(self, exponent: float) -> dict[str, Whitening]:
+        pairs: dict[str, Whitening] = {}
+        powers: dict[int, torch.Tensor] = {}
+        for name, factors in self.items():
+            sides: list[torch.Tensor | None] = []
+            for side in (factors.right, factors.left):
+                if side is not None and id(side) not in powers:
+                    powers[id(side)] = side.power(exponent)
+                sides.append(None if side is None else powers[id(side)])
+            pairs[name] = sides[0], sides[1]
+        return pairs
+
+    def __repr__(self) -> str:
+        return f"Curvature({len(self)} layers, {self.source})"
