@@ -289,7 +289,7 @@ def _dequantised(module: Any, weight: torch.Tensor) -> torch.Tensor:
     """The numbers that a weight of bitsandbytes stands for; one not yet quantised as it is."""
     if weight.is_floating_point():
         return weight
-    from bitsandbytes import functional
+    from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
     owner = module.weight
     if type(owner).__name__ == "Params4bit":
