@@ -289,6 +289,7 @@ def _dequantised(module: Any, weight: torch.Tensor) -> torch.Tensor:
     """The numbers that a weight of bitsandbytes stands for; one not yet quantised as it is."""
     if weight.is_floating_point():
         return weight
+    # Optional: whoever has such a module has it installed; the type checker may not.
     from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
     owner = module.weight

@@ -91,6 +91,7 @@ def shown(
 
     There is none where the number of batches is not known.
     """
+    # Any iterable will do; `hasattr` is what tells that this one has a length.
     count = len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
     with progress_bar(title, float(count * passes), shown=None if count else False) as advance:
 

@@ -182,7 +182,7 @@ class _Hooks:
             self._rows[name] = None if bool(flat.all()) else flat.nonzero().squeeze(1)
 
     def _forward(self, layer: TargetLayer) -> Callable[..., Any]:
-        raise NotImplementedError
+        raise NotImplementedError  # what to do with an input is each subclass's own
 
     def _kept(self, layer: TargetLayer, tokens: int, device: torch.device) -> torch.Tensor | None:
         """The rows of a layer's input that the mask keeps, or None where it keeps them all."""
@@ -357,6 +357,7 @@ class _Tap(torch.autograd.Function):
         ctx.mark_dirty(output)
         return output
 
+    # One output, so one gradient; torch declares any number of them.
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors

@@ -157,6 +157,7 @@ class _File:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # Each format's own from here on.
     def infos(self) -> Iterator[tuple[str, TensorInfo]]:
         raise NotImplementedError
 
