@@ -490,3 +490,18 @@ class TestVerify:
         assert answer.verify().complete
         without = dataclasses.replace(certificate, cap_prices=())
         assert without.verify(answer.allocation.problem, answer.ranks).complete
+
+
+# The relaxation's bound is too low here, and the least cost is the very next one.
+@pytest.mark.parametrize(
+    ("rows", "costs", "value", "least"),
+    [
+        ([[7.0, 2.0], [7.0, 1.0], [5.0, 1.0]], [2, 3, 4], 9.0, 4),
+        ([[6.0, 5.0], [3.0, 3.0], [6.0, 5.0]], [5, 4, 6], 9.0, 9),
+        ([[7.0, 2.0], [6.0, 4.0], [8.0, 8.0]], [5, 5, 6], 12.0, 10),
+    ],
+)
+def test_no_cost_is_passed_over(rows, costs, value, least):
+    cheapest = minimize_budget(GainCurves.from_increments(rows), value=value, costs=costs)
+    assert (cheapest.cost, cheapest.certificate.lower_bound) == (least, least)
+    assert cheapest.verify().complete
