@@ -401,6 +401,7 @@ def sharded(rank, world, rendezvous):
             found = layer.matrix()
             assert type(found) is torch.Tensor
             assert torch.equal(found, matrix)
+        dist.barrier()  # who leaves first would take the other's connection with it
     finally:
         dist.destroy_process_group()
 
