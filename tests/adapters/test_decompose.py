@@ -273,6 +273,7 @@ class TestArguments:
             ({"oversample": -1}, "oversample"),
             ({"power_iterations": 0}, "power_iterations"),
             ({"tolerance": -1e-9}, "tolerance"),
+            ({"seed": -1}, "seed"),
             ({"tolerance": math.nan}, "tolerance"),
         ],
     )

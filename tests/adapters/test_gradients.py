@@ -3,6 +3,7 @@
 import io
 import re
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 import pytest
@@ -488,7 +489,7 @@ def test_bad_input_is_named():
         gradient_spectra(model, batches, lambda m, x: x.sum(), **options)
     bad = [batches[0], batches[1] * 1e30]
     with pytest.raises(ValueError, match="batch 2: expected a finite loss, got inf"):
-        gradient_spectra(model, bad, lambda m, x: (m.get_submodule("0")(x) ** 2).sum(), **options)
+        gradient_spectra(model, bad, lambda m, x: model[0](x).square().sum(), **options)
     with pytest.raises(ValueError, match="layer '0': expected finite gradients"):
         # The derivative of the root at zero.
         gradient_spectra(model, batches, lambda m, x: (0 * m(x)).abs().sqrt().sum(), **options)
@@ -514,11 +515,8 @@ def test_gradients_that_loraga_stored():
     ids = torch.randint(0, 64, (3, 9))
     batch = {"input_ids": ids, "labels": ids}
     targets = ["c_attn", "c_fc", "c_proj"]
-    lora = LoraConfig(
-        init_lora_weights="lora_ga",  # pyright: ignore[reportArgumentType]
-        lora_ga_config=LoraGAConfig(), target_modules=targets,
-        fan_in_fan_out=True,
-    )  # fmt: skip
+    options: Any = {"init_lora_weights": "lora_ga", "lora_ga_config": LoraGAConfig()}
+    lora = LoraConfig(target_modules=targets, fan_in_fan_out=True, **options)
     preprocess_loraga(model, lora, lambda: model(**batch).loss.backward())
     stored = loraga_spectra(model, source="LoRA-GA")
     ours = gradient_spectra(model, [batch], targets=targets)

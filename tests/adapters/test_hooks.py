@@ -7,12 +7,8 @@ torch = pytest.importorskip("torch", reason="torch is absent: pip install 'loram
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from lorambo_adapters.layers import TargetLayer, find_layers  # noqa: E402
-from lorambo_adapters.spectra.hooks import (  # noqa: E402
-    DenseInputs,
-    GradientHooks,
-    InputHooks,
-    TokenInputs,
-)
+from lorambo_adapters.spectra.hooks import GradientHooks, InputHooks  # noqa: E402
+from lorambo_adapters.spectra.inputs import DenseInputs, TokenInputs  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 
-from lorambo_adapters.spectra.hooks import DenseInputs  # noqa: E402
+from lorambo_adapters.spectra.inputs import DenseInputs  # noqa: E402
 from lorambo_adapters.spectra.sketch import (  # noqa: E402
     PROBES,
     ExactSum,

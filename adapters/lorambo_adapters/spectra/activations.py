@@ -25,7 +25,8 @@ from lorambo_adapters.spectra.batches import (
     shown,
     warn_unreached,
 )
-from lorambo_adapters.spectra.hooks import DenseInputs, InputHooks, Inputs
+from lorambo_adapters.spectra.hooks import InputHooks
+from lorambo_adapters.spectra.inputs import DenseInputs, Inputs
 from lorambo_adapters.spectra.sketch import Gaussians
 from lorambo_alloc import Spectra
 from lorambo_alloc.costs import whole_number

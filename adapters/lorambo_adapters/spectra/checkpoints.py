@@ -51,8 +51,8 @@ def checkpoint_spectra(
     counts, a pooler's, a router's or a classification head's too: where PEFT sees it otherwise, use
     `exclude`. A weight stored under two names counts twice.
 
-    Memory: one tensor as it is stored (mapped, not loaded), and what `decompose` needs for it,
-    whose docstring states it along with the accuracy.
+    Memory: one tensor as it is stored (mapped, not loaded, with up to 64 MB read before), and what
+    `decompose` needs for it, whose docstring states it along with the accuracy.
 
     Args:
         checkpoint: see `TensorFiles` for files and folders; or a module or a state dict.
@@ -136,8 +136,8 @@ def delta_spectra(
     last place of a weight, and differs by whole units elsewhere: noise with a flat spectrum, which
     is part of these spectra.
 
-    Memory: one tensor of each checkpoint as it is stored (mapped), their difference (4 d k bytes,
-    or 8 d k), and what `decompose` needs for it.
+    Memory: one tensor of each checkpoint as it is stored (mapped, with up to 64 MB read before),
+    their difference (4 d k bytes, or 8 d k), and what `decompose` needs for it.
 
     Args:
         base: before fine-tuning; a path, a module or a state dict.

@@ -34,7 +34,8 @@ from lorambo_adapters.spectra.candidates import candidate_directions
 from lorambo_adapters.spectra.curvature import Reduce
 from lorambo_adapters.spectra.factors import place, rows, warn_silent
 from lorambo_adapters.spectra.fisher import Fisher, FisherLoss, LossFn, Terms
-from lorambo_adapters.spectra.hooks import GradientHooks, Inputs, Mask
+from lorambo_adapters.spectra.hooks import GradientHooks, Mask
+from lorambo_adapters.spectra.inputs import Inputs
 from lorambo_adapters.spectra.whitening import Curvature
 from lorambo_alloc.costs import whole_number
 

@@ -53,6 +53,7 @@ class Options:
         if self.rank is not None:
             whole_number(self.rank, "rank", 1)
         whole_number(self.exact_below, "exact_below", 0)
+        whole_number(self.seed, "seed", 0)
         if not 0 <= self.tolerance < 1:
             raise ValueError(
                 f"tolerance: expected a number from 0 to below 1, got {self.tolerance!r}"

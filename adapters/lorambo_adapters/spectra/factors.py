@@ -29,7 +29,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lorambo_adapters.layers import TargetLayer
-from lorambo_adapters.spectra.hooks import DenseInputs, Inputs, TokenInputs, sum_dtype
+from lorambo_adapters.spectra.inputs import DenseInputs, Inputs, TokenInputs, sum_dtype
 from lorambo_adapters.spectra.whitening import Factors, SymmetricFactor
 
 Kind: TypeAlias = Literal["none", "input", "kfac", "ekfac", "diagonal"]

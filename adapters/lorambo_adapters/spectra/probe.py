@@ -18,7 +18,8 @@ except ModuleNotFoundError as missing:
 from lorambo_adapters.layers import TargetLayer, find_layers
 from lorambo_adapters.progress import progress_bar
 from lorambo_adapters.spectra.batches import frozen, same_random_numbers, warn_unreached
-from lorambo_adapters.spectra.hooks import GradientHooks, sum_dtype
+from lorambo_adapters.spectra.hooks import GradientHooks
+from lorambo_adapters.spectra.inputs import sum_dtype
 from lorambo_adapters.spectra.low_rank import (
     LowRankUpdate,
     Pair,

@@ -28,7 +28,7 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
-from lorambo_adapters.spectra.hooks import Inputs, add_product, product
+from lorambo_adapters.spectra.inputs import Inputs, add_product, product
 
 Whitening: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
 """(A^-1/2, B^-1/2), symmetric, k x k and d x d, or their diagonals, or None for the identity."""

@@ -18,7 +18,8 @@ except ModuleNotFoundError as missing:
 
 from lorambo_adapters.layers import TargetLayer, find_layers
 from lorambo_adapters.spectra.batches import warn_unreached
-from lorambo_adapters.spectra.hooks import GradientHooks, Inputs, Mask, sum_dtype
+from lorambo_adapters.spectra.hooks import GradientHooks, Mask
+from lorambo_adapters.spectra.inputs import Inputs, sum_dtype
 from lorambo_adapters.spectra.sketch import (
     PROBES,
     ExactSum,

@@ -25,7 +25,7 @@ _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WRAPPERS = ("state_dict", "model")  # keys under which training scripts put the tensors
 # Pages of a mapped file count as this process's memory until it is unmapped.
-_MAPPED_BYTES = 1 << 28
+_MAPPED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,8 @@ class TensorInfo:
 class TensorFiles(Mapping[str, TensorInfo]):
     """Key to `TensorInfo` over one or more files; `read` gets a tensor.
 
-    Files are mapped, not loaded. At most two are open at a time in a comparison (one for each
-    checkpoint), and each is closed once 256 MB of it have been read, so that at most that many
-    bytes and one tensor count as resident.
+    Files are mapped, not loaded. One is open at a time, and it is closed and opened anew once 64 MB
+    of it have been read, so that these and one tensor are the most that counts as resident.
 
     Args:
         path: a folder as `save_pretrained` writes it, or one file. In a folder, the first of: the
