@@ -7,14 +7,18 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorambo_adapters.refusals import Refusal, refusing
 from lorambo_adapters.spectra_lora_command import add_lora
 from lorambo_alloc import Spectra
+
+if TYPE_CHECKING:
+    from lorambo_adapters.spectra.distributed import Workers
 
 group = typer.Typer(
     help="Make a spectra file from a model, from two checkpoints or from a LoRA.",
@@ -56,9 +60,10 @@ def weights(
 ) -> None:
     """Write the spectra of a model's weights.
 
-    A run that was stopped continues where it was, if started again in the same way.
+    A run that was stopped continues where it was, if started again in the same way. Several
+    processes share the layers out: torchrun --nproc-per-node N -m lorambo_adapters spectra weights
     """
-    with _making(model, output) as written:
+    with _making(model, output) as (workers, written):
         from lorambo_adapters.spectra.checkpoints import checkpoint_spectra
 
         written(
@@ -70,6 +75,7 @@ def weights(
                 seed=seed,
                 device=_device(device),
                 output=output,
+                workers=workers,
             )
         )
 
@@ -87,9 +93,10 @@ def delta(
 ) -> None:
     """Write the spectra of TUNED's weights less BASE's.
 
-    A run that was stopped continues where it was, if started again in the same way.
+    A run that was stopped continues where it was, if started again in the same way. Several
+    processes share the layers out: torchrun --nproc-per-node N -m lorambo_adapters spectra delta
     """
-    with _making(tuned, output) as written:
+    with _making(tuned, output) as (workers, written):
         from lorambo_adapters.spectra.checkpoints import delta_spectra
 
         written(
@@ -102,6 +109,7 @@ def delta(
                 seed=seed,
                 device=_device(device),
                 output=output,
+                workers=workers,
             )
         )
 
@@ -160,18 +168,26 @@ def _device(name: str | None):
 
 
 @contextmanager
-def _making(file: Path, output: Path) -> Iterator[Callable[[Spectra], None]]:
-    """Refuse what a user can put right, report what was made, and say how to go on after Ctrl-C."""
+def _making(file: Path, output: Path) -> Iterator[tuple[Workers, Callable[[Spectra], None]]]:
+    """Refuse what a user can put right, report what was made, and say how to go on after Ctrl-C.
 
-    def report(spectra: Spectra) -> None:
-        energy = math.fsum(math.fsum(values * values) for values in spectra.values())
-        left = math.fsum(spectra.unresolved.values())
-        share = f", {energy / (energy + left):.4%} of the energy" if energy else ", all zero"
-        print(f"{output}: {spectra!r}{share}")
+    Yields:
+        The processes that share the work, and the report, which worker 0 makes.
+    """
+
+    def again() -> str:
+        begun = output.with_name(output.name + ".partial").exists()
+        return "; start it again in the same way to continue" if begun else ""
 
     try:
         with refusing(file):
-            yield report
+            from lorambo_adapters.spectra.distributed import WorkerLost, torchrun_workers
+
+            try:
+                with torchrun_workers() as workers:
+                    yield workers, partial(_report, output) if workers.index == 0 else _say_nothing
+            except WorkerLost as lost:
+                raise Refusal(f"{lost}{again()}") from lost
     except Refusal as refusal:
         # There are two checkpoints and an output: the error knows which it was about.
         cause = refusal.__cause__
@@ -179,11 +195,20 @@ def _making(file: Path, output: Path) -> Iterator[Callable[[Spectra], None]]:
             raise Refusal(f"{cause.filename}: {cause.strerror or cause}") from cause
         raise
     except KeyboardInterrupt:
-        again = "; start it again in the same way to continue"
-        partial = output.with_name(output.name + ".partial").exists()
-        print(f"lorambo: interrupted{again if partial else ''}", file=sys.stderr)
+        print(f"lorambo: interrupted{again()}", file=sys.stderr)
         raise
     except ModuleNotFoundError as missing:
         if missing.name not in ("torch", "safetensors"):
             raise
         raise Refusal(str(missing)) from missing
+
+
+def _report(output: Path, spectra: Spectra) -> None:
+    energy = math.fsum(math.fsum(values * values) for values in spectra.values())
+    left = math.fsum(spectra.unresolved.values())
+    share = f", {energy / (energy + left):.4%} of the energy" if energy else ", all zero"
+    print(f"{output}: {spectra!r}{share}")
+
+
+def _say_nothing(spectra: Spectra) -> None:
+    pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -25,8 +26,9 @@ from lorambo_adapters.spectra.batches import (
     shown,
     warn_unreached,
 )
+from lorambo_adapters.spectra.distributed import Workers
 from lorambo_adapters.spectra.hooks import InputHooks
-from lorambo_adapters.spectra.inputs import DenseInputs, Inputs
+from lorambo_adapters.spectra.inputs import DenseInputs, Inputs, sum_dtype
 from lorambo_adapters.spectra.sketch import Gaussians
 from lorambo_alloc import Spectra
 from lorambo_alloc.costs import whole_number
@@ -46,6 +48,7 @@ def activation_spectra(
     passes: int = 2,
     forward: Callable[[torch.nn.Module, Any], object] | None = None,
     mask: MaskOf | None = None,
+    workers: Workers | None = None,
     seed: int = 0,
     source: str | None = None,
 ) -> Spectra:
@@ -78,6 +81,8 @@ def activation_spectra(
             else `model(batch)`.
         mask: batch to the mask of its tokens; by default as in `gradient_spectra`. EVA leaves out
             the tokens without a label too.
+        workers: data-parallel processes, each with batches of its own and the same arguments
+            besides: all get the spectra of all inputs (as in `gradient_spectra`).
         seed: of the test matrices.
         source: what to record as the spectra's origin, put before how they were computed.
 
@@ -88,6 +93,7 @@ def activation_spectra(
     Raises:
         ValueError: there is no batch, an input is not finite (the layer is named), a layer is an
             embedding table, or an argument is out of range.
+        WorkerLost: another worker has stopped.
 
     Warns:
         UserWarning: some layers were never called; their spectra are zero.
@@ -128,12 +134,14 @@ def activation_spectra(
                 hooks.begin(mask(batch))
                 forward(model, batch)
                 count += 1
+            if workers is not None:
+                count = sums.reduce(workers, count)
             if not count:
                 raise ValueError("batches: expected at least one batch, got none")
             sums.check()
             if number < passes:
-                sums.next_pass()
-    warn_unreached([layer.name for layer in layers if layer.name not in hooks.called], "input")
+                sums.next_pass(workers)
+    warn_unreached([layer.name for layer in layers if layer.name not in sums.reached], "input")
     values: dict[str, npt.NDArray[np.float64]] = {}
     unresolved: dict[str, float] = {}
     for layer in layers:
@@ -158,7 +166,9 @@ class _InputSums:
     """X^T X P, the mean and the energy of each layer's inputs."""
 
     def __init__(self, layers: Sequence[TargetLayer], columns: int, seed: int) -> None:
+        self._layers = layers
         self._columns = columns
+        self._seed = seed
         exact = max(EXACT_SIDE, columns)
         self._large = {layer.name: layer.shape[1] for layer in layers if layer.shape[1] > exact}
         self.sketched = len(self._large)
@@ -196,6 +206,33 @@ class _InputSums:
             return self._gaussians.right(side, columns, like.device, like.dtype)
         return self._bases[name]
 
+    def reduce(self, workers: Workers, batches: int) -> int:
+        """Add everything up over workers; the number of batches of all of them."""
+        shapes = [(layer.name, layer.shape) for layer in self._layers]
+        workers.agree("layers and settings", json.dumps([shapes, self._columns, self._seed]))
+        self._last = (None, None)
+        numbers = [batches, *(self._counts.get(layer.name, 0) for layer in self._layers)]
+        counts = torch.tensor(numbers, dtype=torch.float64)
+        workers.sum([counts])
+        for layer, tokens in zip(self._layers, counts[1:].tolist(), strict=True):
+            if not tokens:
+                continue
+            name, k = layer.name, layer.shape[1]
+            if name not in self._products:
+                weight = getattr(layer.module, layer.parameter)
+                columns = self._columns if name in self._large else k
+                like = {"device": weight.device, "dtype": sum_dtype(weight.dtype)}
+                self._products[name] = torch.zeros(k, columns, **like)
+                self._totals[name] = torch.zeros(k + 1, dtype=torch.float64, device=weight.device)
+            workers.sum([self._products[name], self._totals[name]])
+            self._counts[name] = int(tokens)
+        return int(counts[0])
+
+    @property
+    def reached(self) -> set[str]:
+        """The layers that had inputs in this pass."""
+        return set(self._counts)
+
     def check(self) -> None:
         """Refuse inputs that are not finite."""
         self._last = (None, None)
@@ -203,13 +240,18 @@ class _InputSums:
             if not bool(torch.isfinite(totals).all()):
                 raise ValueError(f"layer {name!r}: expected finite inputs, got NaN or infinity")
 
-    def next_pass(self) -> None:
-        """Make bases of the products; layers with equal products share one."""
+    def next_pass(self, workers: Workers | None) -> None:
+        """Make bases of the products; layers with equal products share one, workers worker 0's."""
         before: tuple[torch.Tensor, torch.Tensor] | None = None
-        for name in [name for name in self._products if name in self._large]:
+        # In the order of the layers, which all workers have.
+        for name in [layer.name for layer in self._layers if layer.name in self._products]:
+            if name not in self._large:
+                continue
             product = self._products[name]
             if before is None or not torch.equal(before[0], product):
                 basis = torch.linalg.qr(_double(product))[0].to(product)
+                if workers is not None:
+                    workers.broadcast([basis])
                 before = product, basis
             self._bases[name] = before[1]
         self._clear()

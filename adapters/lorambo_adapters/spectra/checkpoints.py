@@ -14,6 +14,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lorambo_adapters.spectra.decompose import is_exact
+from lorambo_adapters.spectra.distributed import Workers
 from lorambo_adapters.spectra.extraction import MatrixReader, Options, extract
 from lorambo_adapters.spectra.stored_layers import (
     Checkpoint,
@@ -38,6 +39,7 @@ def checkpoint_spectra(
     device: torch.device | str | None = None,
     source: str | None = None,
     output: str | os.PathLike[str] | None = None,
+    workers: Workers | None = None,
     progress: bool | None = None,
 ) -> Spectra:
     """Compute the spectra of a checkpoint's weights, tensor by tensor.
@@ -71,6 +73,8 @@ def checkpoint_spectra(
         output: see `extract`: the spectra are saved there, and an interrupted run is resumed from
             `<output>.partial` by a later one with the same arguments and unchanged files. Runs on
             tensors in memory are not resumed.
+        workers: the processes that share the layers out, in balanced loads: each reads and
+            decomposes its own, and all return all spectra (`distributed.torchrun_workers`).
         progress: None shows a bar if stderr is a terminal, False never.
 
     Returns:
@@ -82,6 +86,7 @@ def checkpoint_spectra(
         FileNotFoundError: there is no such file or folder.
         ValueError: no layer matches, a checkpoint is not one, or a weight is quantised, not finite
             or cannot be read; the message names files and tensors.
+        WorkerLost: another worker has stopped; started again, the run continues where it was.
 
     Example:
         >>> import torch
@@ -100,14 +105,17 @@ def checkpoint_spectra(
                 + _listed(f"{layer.place} of type {layer.info.dtype}" for layer in packed)
             )
     matrices = [
-        MatrixReader(name, layer.shape, _on(layer.read, device), layer.info.file)
+        MatrixReader(name, layer.shape, _on(layer.read, device), layer.info.file, layer.collective)
         for name, layer in found.layers.items()
     ]
     key = None
     if found.fingerprint is not None:
         key = {"weights": found.fingerprint, "layers": list(found.layers)}
     origin = source or f"weights of {found.label}"
-    return extract(matrices, options, source=origin, output=output, key=key, progress=progress)
+    return extract(
+        matrices, options, source=origin, output=output, key=key, workers=workers,
+        progress=progress,
+    )  # fmt: skip
 
 
 def delta_spectra(
@@ -123,6 +131,7 @@ def delta_spectra(
     device: torch.device | str | None = None,
     source: str | None = None,
     output: str | os.PathLike[str] | None = None,
+    workers: Workers | None = None,
     progress: bool | None = None,
 ) -> Spectra:
     """Compute the spectra of W_tuned - W_base, tensor by tensor.
@@ -152,6 +161,7 @@ def delta_spectra(
         device: where to subtract and to decompose; by default where the tuned weight lies.
         source: what to record as the spectra's origin; by default both names.
         output: where to save, and beside which to resume.
+        workers: the processes that share the layers out.
         progress: None shows a bar if stderr is a terminal, False never.
 
     Returns:
@@ -162,6 +172,7 @@ def delta_spectra(
         ValueError: layers are missing from one of the two, differ in shape or are quantised (all
             such are in one message: the first 8 and how many more), none matches, or a weight is
             not finite or cannot be read.
+        WorkerLost: another worker has stopped; started again, the run continues where it was.
 
     Example:
         >>> import torch
@@ -179,7 +190,8 @@ def delta_spectra(
         double = is_exact(layer.shape, rank, exact_below)
         files = " and ".join(file for file in (layer.info.file, other.info.file) if file)
         read = _difference(layer, other, device, double)
-        matrices.append(MatrixReader(name, layer.shape, read, files))
+        collective = layer.collective or other.collective
+        matrices.append(MatrixReader(name, layer.shape, read, files, collective))
     key = None
     if before.fingerprint is not None and after.fingerprint is not None:
         key = {
@@ -188,7 +200,10 @@ def delta_spectra(
             "layers": list(before.layers),
         }
     origin = source or f"{after.label} less {before.label}"
-    return extract(matrices, options, source=origin, output=output, key=key, progress=progress)
+    return extract(
+        matrices, options, source=origin, output=output, key=key, workers=workers,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _check_pairs(base: StoredLayers, tuned: StoredLayers) -> None:

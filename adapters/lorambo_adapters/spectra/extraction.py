@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
 
 try:
     import torch
@@ -18,7 +21,8 @@ except ModuleNotFoundError as missing:
 
 from lorambo_adapters.progress import progress_bar
 from lorambo_adapters.spectra.decompose import Decomposition, arithmetic, decompose
-from lorambo_adapters.spectra.partial import PartialResults
+from lorambo_adapters.spectra.distributed import Workers, balanced_shares
+from lorambo_adapters.spectra.partial import PartialResults, packed, unpacked
 from lorambo_alloc import Spectra
 from lorambo_alloc.costs import whole_number
 
@@ -32,12 +36,14 @@ class MatrixReader:
         shape: (d, k).
         read: makes the matrix, d x k or k x d; called once, and the result is dropped at once.
         files: where it is read from, for messages.
+        collective: whether reading it takes all workers at once (a `DTensor` is gathered).
     """
 
     name: str
     shape: tuple[int, int]
     read: Callable[[], torch.Tensor]
     files: str = ""
+    collective: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,10 @@ def extract(
     source: str,
     output: str | os.PathLike[str] | None = None,
     key: Mapping[str, Any] | None = None,
+    workers: Workers | None = None,
     progress: bool | None = None,
 ) -> Spectra:
-    """Decompose every matrix in turn.
+    """Decompose every matrix in turn; several workers share them out, by `arithmetic`.
 
     At any time memory holds one matrix, what `decompose` needs for it, and the spectra so far.
 
@@ -77,45 +84,62 @@ def extract(
         matrices: in the order in which the layers are to stand in the spectra.
         options: of `decompose`.
         source: what the matrices are; how the values were computed is added to it.
-        output: a file for the finished spectra. Beside it lies `<output>.partial` while the work
-            lasts; it is saved every few seconds, and when an error or Ctrl-C ends the run.
+        output: a file for the finished spectra, which worker 0 writes. Beside it lies
+            `<output>.partial` while the work lasts (and `<output>.partial.1` and so on, of other
+            workers); it is saved every few seconds, and when an error or Ctrl-C ends the run.
         key: what identifies the matrices, as JSON can hold it. A later run with equal key, options
-            and output takes over what the partial file holds; None never resumes.
-        progress: see `progress_bar`.
+            and output takes over what the partial files hold; None never resumes.
+        workers: who does it, each calling this with the same arguments; by default this process
+            alone. All get the same spectra.
+        progress: see `progress_bar`. Worker 0 shows its own share.
 
     Returns:
         The spectra, saved to `output` if there is one.
 
     Raises:
-        ValueError: a matrix cannot be decomposed; the message names the layer.
+        ValueError: a matrix cannot be decomposed (the message names the layer), or the workers'
+            matrices or options differ.
         OSError: the output cannot be written.
+        WorkerLost: another worker has stopped; what is finished is kept for the next run.
     """
+    workers = Workers() if workers is None else workers
+    shapes = {matrix.name: matrix.shape for matrix in matrices}
+    identity = {"key": key, **asdict(options)}
+    workers.agree("layers and options", json.dumps([identity, list(shapes.items()), str(output)]))
     partial = None
     if output is not None:
-        # Without a key nothing tells whose a partial file is: a name that no other run has.
-        identity = {"key": key if key is not None else os.urandom(16).hex(), **asdict(options)}
-        partial = PartialResults(output, identity)
-    found: dict[str, Decomposition] = {}
-    work = {m.name: arithmetic(m.shape, options.rank, options.exact_below) for m in matrices}
+        if key is None:
+            # Nothing tells whose a partial file is: a name that no other run has.
+            identity["key"] = os.urandom(16).hex()
+        partial = PartialResults(output, identity, workers.index)
+    found = partial.found if partial else {}
     try:
-        with progress_bar("spectra", sum(work.values()), progress) as advance:
-            for matrix in matrices:
-                advance(0.0, matrix.name)
-                result = partial.get(matrix.name) if partial else None
-                if result is None:
+        left = _left(matrices, found, workers)
+        work = [arithmetic(m.shape, options.rank, options.exact_below) for m in left]
+        share = set(balanced_shares(work, workers.count)[workers.index])
+        total = sum(work[i] for i in share)
+        shown = progress if workers.index == 0 else False
+        with progress_bar("spectra", total, shown) as advance:
+            for i, matrix in enumerate(left):
+                if i in share:
+                    advance(0.0, matrix.name)
                     result = _decompose(matrix, options)
+                    found[matrix.name] = result
                     if partial:
                         partial.add(matrix.name, result)
-                found[matrix.name] = result
-                advance(work[matrix.name], "")
+                    advance(work[i], "")
+                elif matrix.collective:
+                    matrix.read()
+        found = _gathered(found, workers)
         spectra = Spectra(
-            {name: result.values for name, result in found.items()},
-            shapes={matrix.name: matrix.shape for matrix in matrices},
-            source=f"{source}; {_method(found.values(), options)}",
-            unresolved={name: result.unresolved for name, result in found.items()},
+            {name: found[name].values for name in shapes},
+            shapes=shapes,
+            source=f"{source}; {_method([found[name] for name in shapes], options)}",
+            unresolved={name: found[name].unresolved for name in shapes},
         )
-        if output is not None:
+        if output is not None and workers.index == 0:
             spectra.save(output)
+        workers.barrier()  # the output is there, and nobody's results are needed any more
     except BaseException:  # Ctrl-C too
         if partial:
             partial.save()
@@ -123,6 +147,32 @@ def extract(
     if partial:
         partial.remove()
     return spectra
+
+
+def _left(
+    matrices: Sequence[MatrixReader], found: Mapping[str, Decomposition], workers: Workers
+) -> list[MatrixReader]:
+    """What no worker has finished in an earlier run."""
+    done = {name for part in workers.gather("\0".join(found).encode()) for name in _names(part)}
+    return [matrix for matrix in matrices if matrix.name not in done]
+
+
+def _names(part: bytes) -> list[str]:
+    return part.decode().split("\0")
+
+
+def _gathered(found: Mapping[str, Decomposition], workers: Workers) -> dict[str, Decomposition]:
+    """All workers' results; where several have one, that of the first."""
+    if workers.count == 1:
+        return dict(found)
+    header, values = packed(found)
+    text = json.dumps(header).encode()
+    parts = workers.gather(len(text).to_bytes(8, "little") + text + values.tobytes())
+    results: dict[str, Decomposition] = {}
+    for part in reversed(parts):
+        end = 8 + int.from_bytes(part[:8], "little")
+        results |= unpacked(json.loads(part[8:end]), np.frombuffer(part[end:], dtype=np.float64))
+    return results
 
 
 def _decompose(matrix: MatrixReader, options: Options) -> Decomposition:

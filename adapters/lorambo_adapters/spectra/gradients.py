@@ -26,6 +26,7 @@ from lorambo_adapters.spectra.batches import (
     shown,
 )
 from lorambo_adapters.spectra.decompose import decompose
+from lorambo_adapters.spectra.distributed import Workers
 from lorambo_adapters.spectra.sketch import Whitening
 from lorambo_adapters.spectra.sketcher import GradientSketcher, positive_scale
 from lorambo_alloc import Spectra
@@ -46,6 +47,7 @@ def gradient_spectra(
     width: int | None = None,
     mask: MaskOf | None = None,
     loss_scale: Any = 1.0,
+    workers: Workers | None = None,
     seed: int = 0,
     source: str | None = None,
 ) -> Spectra:
@@ -84,7 +86,11 @@ def gradient_spectra(
             it is applied outside the decoder only.
         loss_scale: the loss is multiplied by it before the backward pass, and the gradients are
             divided by it: for float16, a number or a `torch.amp.GradScaler`.
-        seed: of the test matrices, and of the random numbers during each pass.
+        workers: data-parallel processes, each with batches of its own and the same arguments
+            besides: the sums are added up after each pass, and all get the spectra of the mean over
+            all batches. Only sums travel, (d + k) s numbers a layer and pass. The model may be a
+            copy in each or sharded by FSDP2 (then all need equally many batches).
+        seed: of the test matrices, and of the random numbers during each pass (worker i: seed + i).
         source: what to record as the spectra's origin, put before how they were computed.
 
     Returns:
@@ -94,6 +100,7 @@ def gradient_spectra(
     Raises:
         ValueError: there is no batch, a loss is not a finite scalar or depends on no target layer,
             a gradient is not finite, or an argument is out of range.
+        WorkerLost: another worker has stopped.
 
     Warns:
         UserWarning: no gradient reached some layers, whose spectra are therefore zero.
@@ -119,7 +126,8 @@ def gradient_spectra(
     batches = for_passes(batches, passes)
     with frozen(model), sketcher, shown(batches, passes, "gradients") as one_pass:
         while True:
-            with same_random_numbers(model, seed) if passes > 1 else contextlib.nullcontext():
+            drawn = seed + (0 if workers is None else workers.index)
+            with same_random_numbers(model, drawn) if passes > 1 else contextlib.nullcontext():
                 for batch in one_pass(sketcher.number):
                     scale = positive_scale(loss_scale)
                     sketcher.begin(mask(batch), scale)
@@ -127,11 +135,13 @@ def gradient_spectra(
                         loss = loss_fn(model, batch)
                         _check_loss(loss, sketcher.batches)
                         (loss * scale).backward()
+            if workers is not None:
+                sketcher.reduce(workers)
             if not sketcher.batches:
                 raise ValueError("batches: expected at least one batch, got none")
             if sketcher.complete:
                 return sketcher.spectra(source)
-            sketcher.next_pass()
+            sketcher.next_pass(workers)
 
 
 def loraga_spectra(

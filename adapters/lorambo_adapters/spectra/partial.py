@@ -1,15 +1,17 @@
-"""What an interrupted extraction had finished, in a file beside its output."""
+"""What an interrupted extraction had finished, in a file beside its output (one a worker)."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lorambo_adapters.spectra.decompose import Decomposition
 from lorambo_alloc import storage
@@ -20,76 +22,104 @@ _SHARE, _LEAST_SECONDS = 20.0, 2.0
 
 
 class PartialResults:
-    """Decompositions by layer, saved from time to time to `<output>.partial`.
+    """Decompositions by layer, saved from time to time beside the output.
+
+    In `<output>.partial`, and where several workers share the layers out, in `<output>.partial.1`
+    and so on for the others. Whoever begins takes over what all files that it can see hold, so that
+    a run may be continued by fewer or more workers.
 
     Args:
         output: the file that the finished spectra will take.
         key: all that the results depend on (the source's files, the options), as JSON can hold it.
             A partial file with another key is of another run: nothing is taken from it, and it is
             overwritten.
+        worker: the place of the worker whose file this is.
 
     Raises:
         OSError: the output's folder does not exist or cannot be written to, or the output is a
             folder: found out now, and not after hours of work.
     """
 
-    def __init__(self, output: str | os.PathLike[str], key: Mapping[str, Any]) -> None:
+    def __init__(
+        self, output: str | os.PathLike[str], key: Mapping[str, Any], worker: int = 0
+    ) -> None:
         output = Path(output)
         if output.is_dir():
             raise IsADirectoryError(21, "Is a directory", str(output))
         if not output.parent.is_dir():
             raise FileNotFoundError(2, "No such file or directory", str(output))
-        self.path = output.with_name(output.name + ".partial")
+        self._first = output.with_name(output.name + ".partial")
+        self._worker = worker
+        self.path = self._first.with_name(f"{self._first.name}.{worker}") if worker else self._first
         self._key = json.loads(json.dumps(key))  # as it will come back: lists, not tuples
-        self._found = self._read()
-        self.resumed = len(self._found)
+        self.found: dict[str, Decomposition] = {}
+        for path in self._files():
+            self.found |= self._read(path)
+        self.resumed = len(self.found)
         self._saved = time.monotonic()
         self._took = 0.0
         self.save()
 
-    def get(self, name: str) -> Decomposition | None:
-        """The layer's result, if this run or the one before had it."""
-        return self._found.get(name)
-
     def add(self, name: str, result: Decomposition) -> None:
         """Keep a layer's result, and save all if the last time was long enough ago."""
-        self._found[name] = result
+        self.found[name] = result
         if time.monotonic() - self._saved > max(_LEAST_SECONDS, _SHARE * self._took):
             self.save()
 
     def save(self) -> None:
         """Replace the file by one with all results so far, whole or not at all."""
         start = time.monotonic()
-        results = list(self._found.values())
-        header = {
-            "key": self._key,
-            "names": list(self._found),
-            "lengths": [len(result.values) for result in results],
-            "unresolved": [result.unresolved for result in results],
-            "methods": [result.method for result in results],
-            "shortfalls": [result.shortfall for result in results],
-        }
-        values = np.concatenate([result.values for result in results] or [np.empty(0)])
-        storage.write(self.path, _KIND, _VERSION, header, {"values": values})
+        header, values = packed(self.found)
+        storage.write(self.path, _KIND, _VERSION, {"key": self._key, **header}, {"values": values})
         self._saved = time.monotonic()
         self._took = self._saved - start
 
     def remove(self) -> None:
-        """Delete the file: the output is there."""
-        self.path.unlink(missing_ok=True)
+        """Delete the file: the output is there. Worker 0 deletes all of them."""
+        for path in [self.path] if self._worker else self._files():
+            path.unlink(missing_ok=True)
 
-    def _read(self) -> dict[str, Decomposition]:
+    def _files(self) -> list[Path]:
+        others = re.compile(re.escape(self._first.name) + r"\.[0-9]+")
+        siblings = [p for p in self._first.parent.iterdir() if others.fullmatch(p.name)]
+        return [self._first, *sorted(siblings)]
+
+    def _read(self, path: Path) -> dict[str, Decomposition]:
         try:
-            header, arrays = storage.read(self.path, _KIND, _VERSION)
-            if header["key"] != self._key:
-                return {}
-            rows = np.split(arrays["values"], np.cumsum(header["lengths"])[:-1])
-            columns = (header[name] for name in ("names", "unresolved", "methods", "shortfalls"))
-            return {
-                name: Decomposition(row, unresolved, method, shortfall)
-                for row, name, unresolved, method, shortfall in zip(
-                    rows if header["names"] else [], *columns, strict=True
-                )
-            }
+            header, arrays = storage.read(path, _KIND, _VERSION)
+            return unpacked(header, arrays["values"]) if header["key"] == self._key else {}
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return {}  # none, or not one of ours any more: the work is done again
+
+
+def packed(
+    results: Mapping[str, Decomposition],
+) -> tuple[dict[str, Any], npt.NDArray[np.float64]]:
+    """Results as a header that JSON can hold, and their values in one array."""
+    found = list(results.values())
+    header = {
+        "names": list(results),
+        "lengths": [len(result.values) for result in found],
+        "unresolved": [result.unresolved for result in found],
+        "methods": [result.method for result in found],
+        "shortfalls": [result.shortfall for result in found],
+    }
+    return header, np.concatenate([result.values for result in found] or [np.empty(0)])
+
+
+def unpacked(
+    header: Mapping[str, Any], values: npt.NDArray[np.float64]
+) -> dict[str, Decomposition]:
+    """What `packed` was given.
+
+    Raises:
+        ValueError: (or KeyError, TypeError) it is not of that form.
+    """
+    rows = np.split(values, np.cumsum(header["lengths"])[:-1])
+    columns = (header[name] for name in ("names", "unresolved", "methods", "shortfalls"))
+    return {
+        name: Decomposition(row, unresolved, method, shortfall)
+        for row, name, unresolved, method, shortfall in zip(
+            rows if header["names"] else [], *columns, strict=True
+        )
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,7 @@ except ModuleNotFoundError as missing:
 
 from lorambo_adapters.layers import TargetLayer, find_layers
 from lorambo_adapters.spectra.batches import warn_unreached
+from lorambo_adapters.spectra.distributed import Workers
 from lorambo_adapters.spectra.hooks import GradientHooks, Mask
 from lorambo_adapters.spectra.inputs import Inputs, sum_dtype
 from lorambo_adapters.spectra.sketch import (
@@ -41,7 +43,7 @@ class GradientSketcher:
 
     For every layer of shape (d, k) it sums a sketch of G = sum of g x^T, the gradient with respect
     to the weight, without forming it. Where d k numbers are no more than the sketch's, G itself is
-    summed. Sketches of several batches and of several workers add up (`merge`, `accumulators`).
+    summed. Sketches of several batches and of several workers add up (`merge`, `reduce`).
 
     Memory: (d + k) s numbers a layer with one pass and 2 (d + k) s with more (s is the width; plus
     8 vectors in the last of several passes, the bases of the pass before, and with a whitening the
@@ -99,14 +101,7 @@ class GradientSketcher:
         self.number = 1
         self._whitened = curvature is not None
         self._scale = 1.0
-        self._inexact = 2 * width if passes > 1 else width  # numbers a row and column of a sketch
-        columns = two_sided_widths(width)[1]
-        if passes == 1:
-            right = left = columns
-        else:
-            last_on_right = passes % 2 == 1
-            right = 2 * width + (PROBES if last_on_right else 0)
-            left = 0 if last_on_right else PROBES
+        right, left = gaussian_columns(width, passes)
         sides = [max(layer.shape) for layer in self.layers if not self._exact(layer.shape)]
         self._gaussians = Gaussians(max(sides, default=1), right, left, seed)
         self._sketches = {
@@ -116,7 +111,7 @@ class GradientSketcher:
         self._reached: set[str] = set()
 
     def _exact(self, shape: tuple[int, int]) -> bool:
-        return shape[0] * shape[1] <= sum(shape) * self._inexact
+        return is_summed_exactly(shape, self.width, self.passes)
 
     def _sketch(self, layer: TargetLayer, whitening: Whitening) -> Sketch:
         weight = getattr(layer.module, layer.parameter)
@@ -170,10 +165,29 @@ class GradientSketcher:
         exact = all(isinstance(sketch, ExactSum) for sketch in self._sketches.values())
         return exact or self.number == self.passes
 
-    def next_pass(self) -> None:
-        """Turn this pass's sums into the next one's test matrices, in the same way on all workers.
+    def reduce(self, workers: Workers) -> None:
+        """Add this pass's sums up over workers; all have the result. To be called once a pass.
 
-        Workers add their `accumulators` up before. Sums that are exact already stop growing.
+        Raises:
+            ValueError: the workers' layers, settings or passes differ.
+            WorkerLost: another worker has stopped.
+        """
+        workers.agree("layers, settings and pass of a sketch", json.dumps(self._settings()))
+        reached = [layer.name in self._reached for layer in self.layers]
+        counts = torch.tensor([self.batches, *reached], dtype=torch.float64)
+        workers.sum([counts, *self.accumulators()])
+        self.batches = int(counts[0])
+        self._reached = {
+            layer.name for layer, count in zip(self.layers, counts[1:], strict=True) if count > 0
+        }
+
+    def next_pass(self, workers: Workers | None = None) -> None:
+        """Turn this pass's sums into the next one's test matrices.
+
+        Sums that are exact already stop growing.
+
+        Args:
+            workers: all of them take worker 0's matrices, after `reduce`.
 
         Raises:
             ValueError: all passes are done, or a sum is not finite (the layer is named).
@@ -183,15 +197,20 @@ class GradientSketcher:
         for name, sketch in self._sketches.items():
             self._check_finite(name)
             sketch.next_pass(float(max(self.batches, 1)))
+            if workers is not None and sketch.accumulators:
+                # Other hardware may choose other vectors where the sums have no direction.
+                workers.broadcast(sketch.carried)
+                sketch.restore(self.number + 1, sketch.carried)
             if not sketch.accumulators:
                 self._hooks.finished.add(name)
         self.number += 1
         self.batches = 0
 
     def accumulators(self) -> list[torch.Tensor]:
-        """This pass's sums, contiguous, in an order of the layers alone, for an all-reduce.
+        """This pass's sums, contiguous, in an order of the layers alone.
 
-        Add up in place, and set `batches` to the sum of the workers' counts.
+        To add them up in another way than `reduce`, do so in place, and set `batches` to the sum of
+        the workers' counts.
         """
         sums = [a for sketch in self._sketches.values() for a in sketch.accumulators]
         return [a if a.is_contiguous() else a.T for a in sums]
@@ -335,6 +354,44 @@ def _whitening(layer: TargetLayer, curvature: Mapping[str, Whitening] | None) ->
                 f"({size},), got {tuple(factor.shape)}"
             )
     return right, left
+
+
+def is_summed_exactly(shape: tuple[int, int], width: int, passes: int) -> bool:
+    """Whether a layer's gradient takes no more numbers than its sketch would."""
+    return shape[0] * shape[1] <= sum(shape) * (2 * width if passes > 1 else width)
+
+
+def gaussian_columns(width: int, passes: int) -> tuple[int, int]:
+    """How many columns of Gaussian numbers are drawn for the inputs' and the outputs' side."""
+    if passes == 1:
+        columns = two_sided_widths(width)[1]
+        return columns, columns
+    if passes % 2 == 1:
+        return 2 * width + PROBES, 0
+    return 2 * width, PROBES
+
+
+def sketch_numbers(shape: tuple[int, int], width: int, passes: int) -> list[int]:
+    """How many numbers a layer's sketch holds in each pass, without a whitening.
+
+    Those of a gradient that is summed exactly; else, of s = width: the sums of a two-sided sketch;
+    or in each of several passes the 2 s sums, the basis of the pass before where there is one, and
+    in the last pass the sums and test vectors with 8 columns more.
+    """
+    d, k = shape
+    if is_summed_exactly(shape, width, passes):
+        return [d * k] * passes
+    if passes == 1:
+        narrow, wide = two_sided_widths(width)
+        return [max(shape) * narrow + min(shape) * wide]
+    numbers: list[int] = []
+    for number in range(1, passes + 1):
+        tested, summed = (k, d) if number % 2 == 1 else (d, k)
+        held = 2 * width * (summed + (tested if number > 1 else 0))
+        if number == passes:
+            held += (2 * width + PROBES) * tested + PROBES * summed
+        numbers.append(held)
+    return numbers
 
 
 def positive_scale(loss_scale: Any) -> float:

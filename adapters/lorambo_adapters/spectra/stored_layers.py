@@ -47,12 +47,14 @@ class StoredLayer:
         info: of the whole tensor, which may hold many experts.
         shape: of the matrix, as it is stored: GPT-2's `Conv1D` is (in, out).
         read: makes the matrix, without writing to it.
+        collective: whether `read` takes all processes at once: it gathers a `DTensor`.
     """
 
     key: str
     info: TensorInfo
     shape: tuple[int, int]
     read: Callable[[], torch.Tensor]
+    collective: bool = False
 
     @property
     def place(self) -> str:
@@ -121,7 +123,8 @@ def stored_layers(
         for name, part, shape in _matrices(key, info):
             # As with PEFT's `target_parameters`, a pattern names all experts, not one of them.
             if wanted(name if part is None else key):
-                layers[name] = StoredLayer(key, info, shape, _reading(read, key, part))
+                gathered = isinstance(checkpoint, Mapping) and _is_dtensor(checkpoint[key])
+                layers[name] = StoredLayer(key, info, shape, _reading(read, key, part), gathered)
     if not layers:
         raise ValueError(
             f"{label}: expected at least one 2-D tensor named *.weight that matches "
@@ -162,7 +165,12 @@ def _from_module(layer: TargetLayer) -> StoredLayer:
     info = tensor_info(weight)
     dtype = "quantized" if kind == "quantized" and not info.is_float else info.dtype
     read = (lambda: layer.matrix().T) if stored else layer.matrix
-    return StoredLayer(layer.name, TensorInfo(info.shape, dtype), shape, read)
+    stored_as = TensorInfo(info.shape, dtype)
+    return StoredLayer(layer.name, stored_as, shape, read, _is_dtensor(weight))
+
+
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
 
 
 def _state_reader(
