@@ -11,11 +11,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
-_PACKAGES = ("numpy", "scipy", "cvxpy", "clarabel", "ortools", "highspy", "pyscipopt")
+_PACKAGES = ("numpy", "scipy", "cvxpy", "clarabel", "ortools", "highspy", "pyscipopt", "torch")
 
 
-def machine() -> dict[str, Any]:
-    """The processor and the versions, and nothing that names the machine."""
+def machine(threads: int | str = 1) -> dict[str, Any]:
+    """The processor, the threads used and the versions, and nothing that names the machine."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
@@ -26,7 +26,7 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "threads": 1,
+        "threads": threads,
         "versions": versions,
     }
 
@@ -52,10 +52,12 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, rows: Sequence[dict[str, Any]], **settings: Any) -> None:
+def write_json(
+    path: Path, rows: Sequence[dict[str, Any]], *, threads: int | str = 1, **settings: Any
+) -> None:
     """Write settings, machine and rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"settings": settings, "machine": machine(), "rows": list(rows)}
+    content = {"settings": settings, "machine": machine(threads), "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -131,7 +131,6 @@ def main() -> int:
         rank=options.rank,
         repeats=options.repeats,
         threads="as each row says",
-        torch=torch.__version__,
     )
     for failure in failures:
         print(f"FAILED {failure}")

