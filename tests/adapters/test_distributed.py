@@ -54,9 +54,6 @@ def torchrun(count, *arguments):
 
 def own_processes(count, mode, folder):
     """Without torchrun, which ends the others as soon as one fails: exit codes and stderr."""
-    with open(folder / "rendezvous", "w"):
-        pass
-    (folder / "rendezvous").unlink()
     port = _free_port()
     processes = [
         subprocess.Popen(
@@ -145,6 +142,11 @@ def test_workers_must_agree(folder):
             "expected the same layers and options in all 2 workers, got others than worker 0's in "
             "worker 1"
         )
+
+
+def test_groups_of_workers_and_one_without_batches(tmp_path):
+    codes, said = own_processes(4, "groups", tmp_path)
+    assert codes == [0, 0, 0, 0], said
 
 
 def test_the_command_under_torchrun(folder):

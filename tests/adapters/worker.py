@@ -212,5 +212,29 @@ def other_options(folder):
     dist.destroy_process_group()
 
 
+def groups(folder):
+    """Two data-parallel groups of two, as where processes also share a model."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    model, batches = make()
+    mine = batches[rank % 2 :: 2]
+    # One has all of its group's batches and the other has none.
+    share = mine if rank < 2 else []
+    outside = Workers(pairs[rank % 2])
+    try:
+        outside.sum([torch.ones(1)])
+    except ValueError as error:
+        assert "enter them first" in str(error)
+    with Workers(pairs[rank % 2]) as workers:
+        assert (workers.index, workers.count) == (rank // 2, 2)
+        options = {"rank": 8, "targets": ["first", "narrow"]}
+        shared = gradient_spectra(model, share, loss, workers=workers, **options)
+        alone = gradient_spectra(model, mine, loss, **options)
+    for name, values in alone.items():
+        assert abs(shared[name] - values).max() < 1e-12 * values[0]
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](Path(sys.argv[2]))

@@ -67,6 +67,14 @@ class Workers:
         if self.index < 0:
             raise ValueError("group: expected a group that this process belongs to, got another")
 
+    @classmethod
+    def alone(cls) -> Workers:
+        """This process as the only worker, whatever others there are."""
+        workers = cls.__new__(cls)
+        workers._parent = workers._group = None
+        workers.index, workers.count = 0, 1
+        return workers
+
     def __enter__(self) -> Workers:
         if self.count > 1:
             with self._told():
@@ -153,9 +161,7 @@ class Workers:
 
     def _connected(self) -> dist.ProcessGroup:
         if self._group is None:
-            raise ValueError(
-                f"enter the {self.count} workers first: with Workers() as workers: ..."
-            )
+            raise ValueError("workers: enter them first (with Workers() as workers: ...)")
         return self._group
 
     def _for(self, tensor: torch.Tensor) -> dist.ProcessGroup | None:

@@ -102,7 +102,7 @@ def extract(
         OSError: the output cannot be written.
         WorkerLost: another worker has stopped; what is finished is kept for the next run.
     """
-    workers = Workers() if workers is None else workers
+    workers = Workers.alone() if workers is None else workers
     shapes = {matrix.name: matrix.shape for matrix in matrices}
     identity = {"key": key, **asdict(options)}
     workers.agree("layers and options", json.dumps([identity, list(shapes.items()), str(output)]))
