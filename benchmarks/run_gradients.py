@@ -110,17 +110,17 @@ def measure(width: int, dtype: torch.dtype, passes: int, options: Any) -> dict[s
             sketcher.begin()
             plain()
 
-    # The products of one layer's sketch and nothing else.
+    # The products of one layer's sketch in the precision of the tokens, and nothing else.
     narrow, wide = two_sided_widths(s) if passes == 1 else (2 * s, 0)
-    x32, g32 = x.detach().float(), g.float()
-    omega, psi = torch.randn(width, narrow), torch.randn(width, wide)
-    y, z = torch.zeros(width, narrow), torch.zeros(wide, width)
+    bare = x.detach()
+    omega, psi = torch.randn(width, narrow).to(dtype), torch.randn(width, wide).to(dtype)
+    y, z = torch.zeros(width, narrow).to(dtype), torch.zeros(wide, width).to(dtype)
 
     def floor() -> None:
         for _ in range(options.layers):
-            y.addmm_(g32.T, x32 @ omega)
+            y.addmm_(g.T, bare @ omega)
             if wide:
-                z.addmm_((g32 @ psi).T, x32)
+                z.addmm_((g @ psi).T, bare)
 
     sketched()
     times = interleaved([plain, sketched, floor], options.repeats)
@@ -131,8 +131,7 @@ def measure(width: int, dtype: torch.dtype, passes: int, options: Any) -> dict[s
     demanded = 2 * width * s / (width * width)
     # Only what the sketcher keeps counts here, not the tensors of the floor.
     kept = live_bytes() - before
-    kept -= sum(t.untyped_storage().nbytes() for t in (x32, g32, omega, psi, y, z))
-    kept += sum(t.untyped_storage().nbytes() for t in (x, g) if dtype == torch.float32)
+    kept -= sum(t.untyped_storage().nbytes() for t in (omega, psi, y, z))
     formula = options.layers * 2 * width * s * 4 * (1 if passes == 1 else 2)
     peak_plain, peak_sketched = peak_of(plain), peak_of(sketched)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Generator, Mapping
@@ -30,10 +31,19 @@ def write(
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Generator[BinaryIO]:
-    """A file to write into that takes the place of `path` at the end, if all went well."""
+    """A file to write into that takes the place of `path` at the end, if all went well.
+
+    A link stays, and what it leads to is replaced.
+
+    Raises:
+        OSError: the file cannot be written, or `path` is a device or the like, which a file would
+            take the place of for everybody.
+    """
     import tempfile  # here, as it takes a while to import and most programs write no file
 
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

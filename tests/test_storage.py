@@ -91,6 +91,24 @@ def test_a_folder_that_is_missing(tmp_path):
         storage.write(tmp_path / "none" / "file.npz", "thing", 1, {}, {})
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(file, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "link.npz"
+    link.symlink_to(file)
+    storage.write(link, "thing", 3, {}, {})
+    assert link.is_symlink()
+    assert storage.read(file, "thing", 3)[0]["version"] == 3
+    assert [path.name for path in link.parent.iterdir()] == ["link.npz"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    # As /dev/null is none, which a process with the rights for it would take from all others.
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="Not a regular file"):
+        storage.write(tmp_path / "pipe", "thing", 1, {}, {})
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
 def test_data_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     done = []
     fsync, replace = os.fsync, os.replace

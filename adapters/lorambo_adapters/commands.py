@@ -1,4 +1,4 @@
-"""The commands of `lorambo`: `allocate`, `info` and `spectra`. Needs typer and rich, no torch."""
+"""The commands `allocate`, `info`, `plan` and `spectra`. Needs typer and rich, no torch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorambo_adapters.arguments import budget_from, objective_from
+from lorambo_adapters.plan_command import add_plan
 from lorambo_adapters.refusals import refusing
 from lorambo_adapters.spectra_commands import group
 from lorambo_alloc import Allocation, Problem, Spectra, solve
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(group, name="spectra")
+add_plan(app)
 
 SpectraFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="A spectra file, as Spectra.save writes it.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 from lorambo_alloc.costs import whole_number
 
@@ -17,6 +17,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lorambo_adapters.targets import (
+    Targets,
     as_peft_reads,
     base_modules,
     is_all_linear,
@@ -88,11 +89,8 @@ class TargetLayer:
             weight = floating_point(self.name, weight)
             if device is not None:
                 weight = weight.to(device)
-            transposed = self.kind in _TRANSPOSED or (
-                self.expert is not None and getattr(self.module, "is_transposed", False)
-            )
             weight = weight.flatten(1) if self.kind == "conv2d" else weight
-            matrix = weight.t() if transposed else weight
+            matrix = weight.t() if stored_transposed(self) else weight
         if tuple(matrix.shape) != self.shape:
             raise ValueError(
                 f"layer {self.name!r}: expected a weight of shape {self.shape}, got "
@@ -101,9 +99,14 @@ class TargetLayer:
         return matrix
 
 
+LayerTargets: TypeAlias = str | Sequence[str] | Sequence[TargetLayer]
+"""PEFT's `target_modules`: "all-linear", a regular expression, or names and suffixes; or layers
+that `find_layers` has found."""
+
+
 def find_layers(
     model: torch.nn.Module,
-    targets: str | Sequence[str] | None = "all-linear",
+    targets: LayerTargets | None = "all-linear",
     *,
     target_parameters: Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -118,16 +121,21 @@ def find_layers(
     | `Linear`, `Conv1D`, bitsandbytes' linears | out_features | in_features |
     | `Conv2d` | out_channels / groups | in_channels x kernel height x kernel width |
     | `Embedding` | embedding_dim | num_embeddings |
-    | an expert of a 3-D parameter | out | in, by the module's `is_transposed` |
+    | an expert of a 3-D parameter | out | in, by the module's `is_transposed` (Llama 4: True) |
 
     Args:
-        model: any module, on the meta device too; a `PeftModel` is seen through.
+        model: any module, on the meta device too; a `PeftModel`, `torch.compile` and
+            `DistributedDataParallel` are seen through.
         targets: PEFT's `target_modules`: "all-linear" (every linear layer and `Conv1D` but a
             transformers model's output embeddings), a regular expression for the whole name, or a
-            list of names and of suffixes that begin after a dot; None for no module.
+            list of names and of suffixes that begin after a dot; None for no module. (PEFT reads
+            None as its defaults for the architecture, where it has any.) Or layers found before,
+            which are returned: so what takes `targets` alone takes experts found by
+            `target_parameters`.
         target_parameters: PEFT's, a list of names and suffixes of parameters. A 3-D one (experts)
-            gives a layer an expert; PEFT gives all of them one rank, so tie them.
-        exclude: PEFT's `exclude_modules`.
+            gives a layer an expert; PEFT gives all of them one rank (`expert_groups`).
+        exclude: PEFT's `exclude_modules`. Name here too what `modules_to_save` trains in full
+            ("(.*[.])?classifier([.].*)?") and what `layers_to_transform` leaves out.
         task_type: PEFT's. "SEQ_CLS" leaves out modules named "classifier" or "score" and what they
             contain, which PEFT then trains in full.
 
@@ -138,9 +146,11 @@ def find_layers(
     Raises:
         ValueError: nothing matches, or a match is not of a kind listed above; it is named. PEFT
             can also adapt `Conv1d`, `Conv3d`, `MultiheadAttention` and layers of other
-            quantisers: leave these out.
+            quantisers: leave these out. Or a layer given is not one of this model.
 
     Note:
+        PEFT refuses `out_proj` and `conv1d` of Mamba models, which are listed here: exclude them.
+
         On several families of mixture-of-experts models of transformers 5, PEFT 0.21.2 reads
         "all-linear", and the names that the experts' projections once had, as `target_parameters`,
         and doubles the rank of the fused `gate_up_proj`. If PEFT is installed, its translation is
@@ -158,8 +168,10 @@ def find_layers(
         >>> parameter_count(find_layers(model, ["0", "1"]), rank=8)
         528
     """
+    if isinstance(targets, Sequence) and any(isinstance(each, TargetLayer) for each in targets):
+        return _of_model(model, targets)
     modules, parameters = as_peft_reads(
-        model, targets, target_parameters, exclude=exclude, task_type=task_type
+        model, cast("Targets", targets), target_parameters, exclude=exclude, task_type=task_type
     )
     wanted = module_matcher(model, modules, exclude=exclude, task_type=task_type)
     wanted_parameter = parameter_matcher(parameters)
@@ -187,6 +199,15 @@ def find_layers(
     return layers
 
 
+def _of_model(model: torch.nn.Module, layers: Sequence[Any]) -> list[TargetLayer]:
+    owned = {id(module) for module in model.modules()}
+    for layer in layers:
+        if not isinstance(layer, TargetLayer) or id(layer.module) not in owned:
+            name = layer.name if isinstance(layer, TargetLayer) else layer
+            raise ValueError(f"targets: expected layers of this model alone, got {name!r}")
+    return list(layers)
+
+
 def parameter_count(layers: Iterable[TargetLayer], rank: int) -> int:
     """How many parameters LoRAs of this rank beside every layer have.
 
@@ -200,6 +221,40 @@ def parameter_count(layers: Iterable[TargetLayer], rank: int) -> int:
     return whole_number(rank, "rank", 0) * sum(sum(layer.shape) for layer in layers)
 
 
+def expert_groups(layers: Iterable[TargetLayer]) -> list[list[str]]:
+    """The names of layers that PEFT gives one rank: the experts of each 3-D parameter.
+
+    For `allocate(spectra, budget, tied=expert_groups(layers))`.
+
+    Args:
+        layers: from `find_layers`; those of which there are spectra.
+
+    Returns:
+        A list of names for each parameter of several experts, in the order of the layers. Other
+        layers are in none.
+
+    Example:
+        >>> import torch
+        >>> block = torch.nn.Module()
+        >>> block.up = torch.nn.Parameter(torch.zeros(2, 4, 3))
+        >>> model = torch.nn.ModuleDict({"experts": block})
+        >>> expert_groups(find_layers(model, None, target_parameters=["up"]))
+        [['experts.up.0', 'experts.up.1']]
+    """
+    groups: dict[tuple[int, str], list[str]] = {}
+    for layer in layers:
+        if layer.expert is not None:
+            groups.setdefault((id(layer.module), layer.parameter), []).append(layer.name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def stored_transposed(layer: TargetLayer) -> bool:
+    """Whether a layer's weight is kept as k x d."""
+    return layer.kind in _TRANSPOSED or (
+        layer.expert is not None and experts_transposed(layer.module)
+    )
+
+
 def floating_point(name: str, weight: torch.Tensor) -> torch.Tensor:
     """The tensor itself, gathered if it is a `DTensor`, once it is known to hold real numbers.
 
@@ -207,14 +262,22 @@ def floating_point(name: str, weight: torch.Tensor) -> torch.Tensor:
         ValueError: it has no data, or is not of a floating-point type of 16 bits or more (the
             scales of 8-bit floats lie elsewhere); the message names the layer.
     """
-    if weight.is_meta or weight.dtype not in _FLOATS:
-        what = "a weight without data (meta device)" if weight.is_meta else str(weight.dtype)
+    kind = weight.dtype if weight.layout is torch.strided else weight.layout
+    if weight.is_meta or kind not in _FLOATS:
+        what = "a weight without data (meta device)" if weight.is_meta else str(kind)
         raise ValueError(
             f"layer {name!r}: expected a floating-point weight of 16 bits or more, got {what}"
         )
     gather = getattr(weight, "full_tensor", None)
     # A copy, lest one expert keep all of the gathered parameter alive.
     return weight if gather is None else gather().clone()
+
+
+def is_packed(weight: Any) -> bool:
+    """Whether a weight of bitsandbytes holds codes and not, as before it is quantised, numbers."""
+    if type(weight).__name__ == "Params4bit":
+        return weight.quant_state is not None  # for FSDP the codes may be stored as floats
+    return not weight.is_floating_point()
 
 
 def _kind(module: torch.nn.Module) -> str | None:
@@ -267,10 +330,16 @@ def _experts(
             f"parameter {full!r}: expected 2 or 3 dimensions, got shape {tuple(sides)}"
         )
     d, k = sides[1:]
-    if getattr(module, "is_transposed", False):
+    if experts_transposed(module):
         d, k = k, d
     for expert in range(sides[0]):
         yield TargetLayer(f"{full}.{expert}", (d, k), "expert", module, parameter, expert)
+
+
+def experts_transposed(module: torch.nn.Module) -> bool:
+    """Whether the module keeps its experts as k x d."""
+    # transformers' Llama 4 does, but without saying so, and PEFT takes its d for k.
+    return getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
 
 
 def _identity(layer: TargetLayer) -> object:
@@ -279,7 +348,8 @@ def _identity(layer: TargetLayer) -> object:
     weight = layer.module._parameters.get(layer.parameter)
     if weight is None:
         return id(layer.module)
-    if type(weight) is torch.nn.Parameter and not weight.is_meta and weight.data_ptr():
+    strided = type(weight) is torch.nn.Parameter and weight.layout is torch.strided
+    if strided and not weight.is_meta and weight.data_ptr():
         # Two parameters may also be two views of the same numbers.
         return weight.device, weight.data_ptr(), weight.shape, weight.stride(), layer.expert
     return id(weight), layer.expert
@@ -287,7 +357,7 @@ def _identity(layer: TargetLayer) -> object:
 
 def _dequantised(module: Any, weight: torch.Tensor) -> torch.Tensor:
     """The numbers that a weight of bitsandbytes stands for; one not yet quantised as it is."""
-    if weight.is_floating_point():
+    if not is_packed(module.weight):
         return weight
     # Optional: whoever has such a module has it installed; the type checker may not.
     from bitsandbytes import functional  # pyright: ignore[reportMissingImports]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorambo_adapters.outputs import check_output
 from lorambo_adapters.refusals import Refusal, refusing
 from lorambo_adapters.spectra_lora_command import add_lora
 from lorambo_alloc import Spectra
@@ -181,6 +182,7 @@ def _making(file: Path, output: Path) -> Iterator[tuple[Workers, Callable[[Spect
 
     try:
         with refusing(file):
+            check_output(output)
             from lorambo_adapters.spectra.distributed import WorkerLost, torchrun_workers
 
             try:

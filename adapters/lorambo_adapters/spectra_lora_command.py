@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lorambo_adapters.outputs import check_output
 
 Refusing = Callable[[Path], AbstractContextManager[None]]
 """A context that turns ValueError and OSError about a file into the command line's own error."""
@@ -54,9 +54,7 @@ def add_lora(group: typer.Typer, refusing: Refusing) -> None:
     ) -> None:
         """Write the exact spectra of a trained LoRA."""
         with refusing(output):
-            if output.is_dir() or not output.parent.is_dir():
-                number = errno.EISDIR if output.is_dir() else errno.ENOENT
-                raise OSError(number, os.strerror(number), str(output))
+            check_output(output)
         with refusing(file), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
             spectra = _lora_spectra(file, adapter, alpha, ignore_magnitude)

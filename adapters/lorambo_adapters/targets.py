@@ -17,13 +17,14 @@ except ModuleNotFoundError as missing:
 Targets = str | Sequence[str] | None
 
 _SEQUENCE_CLASSIFICATION_HEADS = ("score", "classifier")
+_DATA_PARALLEL = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
 
 
 def base_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """Every module of the model before PEFT, with the name that PEFT's patterns see.
 
-    A `PeftModel` and a compiled model are seen through: the base layer stands under the name of
-    the LoRA layer around it, and neither the adapter's own modules nor what `modules_to_save`
+    What `unwrap` takes off is seen through: the base layer stands under the name of the LoRA layer
+    around it, and neither the adapter's own modules nor what `modules_to_save`
     covers appears.
     """
     model = unwrap(model)
@@ -46,17 +47,27 @@ def base_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The base model inside a compiled model or a `PeftModel`; another one is returned as it is.
+    """The base model inside a `PeftModel`, a compiled or a data-parallel model, in any order.
+
+    Another one is returned as it is.
 
     Raises:
         ValueError: not a module.
     """
-    inner: Any = getattr(model, "_orig_mod", model)
-    if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    if not isinstance(inner, torch.nn.Module):
-        raise ValueError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
-    return inner
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(inner, _DATA_PARALLEL):
+            inner = inner.module
+        elif hasattr(inner, "peft_config") and hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif _is_a(inner, "peft.", "PeftMixedModel"):
+            inner = inner.base_model.model
+        elif isinstance(inner, torch.nn.Module):
+            return inner
+        else:
+            raise ValueError(f"model: expected a torch.nn.Module, got {type(inner).__name__}")
 
 
 def is_all_linear(targets: Targets) -> bool:
@@ -85,10 +96,11 @@ def name_matcher(targets: Targets, what: str) -> Callable[[str], bool]:
         return lambda name: pattern.fullmatch(name) is not None
     if not isinstance(targets, Iterable | None):
         raise ValueError(f"{what}: expected a regular expression or a list, got {targets!r}")
-    names = set(targets or ())
-    for name in names:
+    listed = list(targets or ())
+    for name in listed:
         if not isinstance(name, str) or not name:
             raise ValueError(f"{what}: expected names that are not empty, got {name!r}")
+    names = set(listed)
 
     def matches(name: str) -> bool:
         while name:

@@ -373,6 +373,24 @@ class TestMismatches:
             delta_spectra(path, path)
         assert list(checkpoint_spectra(path, targets=["c"])) == ["c"]
 
+    def test_tensors_without_numbers_of_their_own(self, tmp_path):
+        good = {"a.weight": torch.eye(2)}
+        meta = torch.eye(2, device="meta")
+        for weight, kind in ((torch.eye(2).to_sparse(), "sparse_coo"), (meta, "meta")):
+            bad = {"a.weight": weight}
+            said = f"'a.weight'.* of type {kind}$"
+            with pytest.raises(ValueError, match=said):
+                checkpoint_spectra(bad)
+            torch.save(bad, tmp_path / "bad.bin")
+            with pytest.raises(ValueError, match=said):
+                checkpoint_spectra(tmp_path / "bad.bin")
+            for pair in ((good, bad), (bad, good)):
+                with pytest.raises(ValueError, match="not floating-point of 16 bits"):
+                    delta_spectra(*pair)
+        empty = torch.nn.Sequential(torch.nn.Linear(2, 2, device="meta"))
+        with pytest.raises(ValueError, match="got 1 that differ: '0' is meta in"):
+            delta_spectra(empty, torch.nn.Sequential(torch.nn.Linear(2, 2)))
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_numbers_that_are_none(self, tmp_path, value):
         tensors = state()
@@ -447,6 +465,22 @@ class TestFiles:
         torch.save([1, 2], tmp_path / "list.bin")
         with pytest.raises(ValueError, match=r"list\.bin: expected a dictionary of tensors"):
             checkpoint_spectra(tmp_path / "list.bin")
+
+    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
+    @pytest.mark.parametrize("name", ["model.safetensors", "model.bin"])
+    def test_a_file_that_may_not_be_read(self, tmp_path, name):
+        saved(state(), tmp_path / name).chmod(0)
+        with pytest.raises(PermissionError):
+            checkpoint_spectra(tmp_path)
+
+    def test_keys_that_are_no_names(self, tmp_path):
+        torch.save({0: torch.eye(2), "up.weight": torch.eye(2), "seed": 2**70}, tmp_path / "m.pt")
+        assert list(checkpoint_spectra(tmp_path / "m.pt")) == ["up"]
+
+    @pytest.mark.parametrize("what", [None, 3, [torch.eye(2)]])
+    def test_what_is_no_checkpoint(self, what):
+        with pytest.raises(ValueError, match="expected a path, a module or a state dict, got"):
+            checkpoint_spectra(what)
 
     def test_a_format_that_cannot_be_mapped(self, tmp_path):
         torch.save(state(), tmp_path / "old.bin", _use_new_zipfile_serialization=False)

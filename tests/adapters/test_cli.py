@@ -416,6 +416,8 @@ class TestSpectra:
             (["delta", base, tmp_path / "no", *out], "no: No such file or directory"),
             (["weights", base, "-o", tmp_path / "no" / "s.npz"], "s.npz: No such file"),
             (["weights", base, "-o", base], "base: Is a directory"),
+            (["weights", base, "-o", base / "model.safetensors"], "expected a file to write spec"),
+            (["delta", base, tuned, "-o", tuned / "model.safetensors"], "expected a file to write"),
             (["weights", base, *out, "--targets", "k_proj"], "targets=['k_proj'], got none"),
             (["weights", base, *out, "--targets", "("], "expected a regular expression"),
             (["weights", base, *out, "--targets", "a,,b"], "names with commas between"),

@@ -303,6 +303,25 @@ def test_damping_is_relative_to_the_mean_eigenvalue_and_zero_damping_is_a_pseudo
     assert zero.power(-0.5).tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_massive_input_does_not_make_all_others_count_as_nothing(dtype):
+    # Language models have single inputs a thousand times as large as all others.
+    torch.manual_seed(8)
+    n = 300
+    x = torch.randn(2 * n, n, dtype=torch.float64)
+    x[:, 7] *= 1000.0
+    model = torch.nn.Sequential(torch.nn.Linear(n, 2, dtype=dtype))
+    factors = curvature_factors(model, [x.to(dtype)], kind="input", targets=["0"])["0"]
+    exact = x.T @ x / len(x)
+    exact += 1e-3 * exact.trace() / n * torch.eye(n)
+    inverse = powers(factors, -1.0)[0]
+    assert relative(inverse, torch.linalg.inv(exact)) < 1e-3
+    # What the sums do not resolve is not worth more than what they do, however small the damping.
+    low = SymmetricFactor(torch.tensor([1e-9, 1.0]), None, 1e-12, 1e-7)
+    assert low.power(-0.5).tolist() == pytest.approx([1e7**0.5, 1.0])
+    assert SymmetricFactor(low.values, None, 0.0, 1e-7).power(-0.5).tolist() == [0.0, 1.0]
+
+
 def test_no_curvature_is_the_identity_and_takes_no_batches():
     found = curvature_factors(network(), [], kind="none", targets=["0", "2"])
     assert found.whitenings() == {"0": (None, None), "2": (None, None)}
@@ -317,27 +336,6 @@ def test_inputs_need_no_loss():
         found = curvature_factors(model, [batch], kind="input", targets=["0"], damping=0.0)
         torch.testing.assert_close(matrices(found)["0"][0], x.T @ x / 7)
     assert "terms" not in found.source
-
-
-def test_workers_add_up_their_sums():
-    model, batch = network(), classified(6)
-    for kind in ("input", "kfac", "ekfac", "diagonal"):
-        shapes = []
-
-        def double(sums, shapes=shapes):
-            shapes.append([tuple(total.shape) for total in sums])
-            for total in sums:
-                total *= 2  # another worker with the same data
-
-        kwargs = {"kind": kind, "targets": ["0", "2"]}
-        once = curvature_factors(model, [batch], cross_entropies, **kwargs)
-        twice = curvature_factors(model, [batch], cross_entropies, reduce=double, **kwargs)
-        assert len(shapes) == (2 if kind == "ekfac" else 1)
-        assert twice.terms == 2 * once.terms
-        for name, pair in once.matrices().items():
-            for mine, theirs in zip(pair, twice.matrices()[name], strict=True):
-                if mine is not None:
-                    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
 def test_layers_with_one_input_share_a_factor():
@@ -367,6 +365,95 @@ def test_parameters_and_random_numbers_are_left_as_they_were():
     assert torch.equal(found[0].matrices()["3"][1], found[1].matrices()["3"][1])
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert model.training
+
+
+@pytest.mark.parametrize("kind", ["input", "kfac", "ekfac", "diagonal"])
+def test_the_model_is_as_it_was_after_an_error_in_the_middle(kind):
+    model, batch = network(), classified()
+    model[2].weight.requires_grad_(False)
+    model[2].weight.grad = torch.ones(3, 5, dtype=torch.float64)
+    calls = itertools.count()
+    state = torch.random.get_rng_state()
+
+    def losses(model, batch):
+        found = cross_entropies(model, batch)
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return found
+
+    run: Any = curvature_factors
+    with pytest.raises(KeyboardInterrupt):
+        run(model, [batch, batch], losses, kind=kind, targets=["0", "2"])
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, True]
+    assert model[2].weight.grad is not None
+    assert bool((model[2].weight.grad == 1).all())
+    assert model[0].weight.grad is None
+    assert not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_sum_of_losses_may_leave_the_range_of_float16():
+    torch.manual_seed(9)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    x, labels = torch.randn(40_000, 4), torch.randint(3, (40_000,))
+
+    def losses(model, batch):
+        return 10 * cross_entropies(model, batch)
+
+    wide = matrices(curvature_factors(model, [(x, labels)], losses, targets=["0"]))["0"]
+    half = matrices(curvature_factors(model.half(), [(x.half(), labels)], losses, targets=["0"]))[
+        "0"
+    ]
+    for mine, theirs in zip(half, wide, strict=True):
+        assert relative(mine, theirs) < 0.01
+
+
+def test_an_image_without_a_batch_is_a_batch_of_one():
+    torch.manual_seed(4)
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3, padding=1)).double()
+    image = torch.randn(2, 4, 4, dtype=torch.float64)
+    found = [
+        matrices(curvature_factors(model, [x], lambda m, x: m(x).square().sum()[None],
+                                   targets=["0"]))["0"]
+        for x in (image, image[None])
+    ]  # fmt: skip
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_terms_of_loss_and_predict_must_agree():
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3)).double()
+    x, labels = torch.randn(5, 2, 4).double(), torch.randint(3, (5, 2))
+
+    def tokens(model, batch):
+        return F.cross_entropy(model(batch[0]).transpose(1, 2), batch[1], reduction="none")
+
+    def samples(model, batch):
+        return tokens(model, batch).sum(1)
+
+    kwargs: Any = {"fisher": OUTPUTS, "targets": ["0"]}
+    match = "expected predict to count the terms of the loss, 5 in this batch, got 10"
+    with pytest.raises(ValueError, match=match):
+        curvature_factors(model, [(x, labels)], samples, **kwargs)
+    right = curvature_factors(model, [(x, labels)], tokens, **kwargs)
+    said = curvature_factors(model, [(x, labels)], samples, terms=10, **kwargs)
+    assert torch.equal(matrices(right)["0"][1], matrices(said)["0"][1])
+
+
+def test_no_term_at_all_is_refused_but_a_batch_without_one_adds_nothing():
+    model, batch = network(), classified()
+
+    def labelled(model, batch):
+        return cross_entropies(model, batch)[batch[1] > 0]
+
+    none = batch[0], batch[1] * 0
+    with pytest.raises(ValueError, match="at least one term in the batches"):
+        curvature_factors(model, [none], labelled, targets=["0"])
+    found = curvature_factors(model, [none, batch], labelled, targets=["0"])
+    alone = curvature_factors(model, [batch], labelled, targets=["0"])
+    assert found.terms == alone.terms == int((batch[1] > 0).sum())
+    assert torch.equal(matrices(found)["0"][1], matrices(alone)["0"][1])
 
 
 def test_bad_input_is_refused():
@@ -410,6 +497,8 @@ def test_bad_input_is_refused():
     factors = call(model, [batch], cross_entropies, targets=["0"])
     with pytest.raises(ValueError, match=r"layer '0': expected a matrix of shape \(5, 4\)"):
         factors["0"].whiten(torch.ones(4, 5))
+    with pytest.raises(ValueError, match="rank: expected a whole number >= 0, got -1"):
+        factors["0"].best_update(torch.ones(5, 4), -1)
 
 
 def test_a_layer_that_no_gradient_reaches_is_warned_about_and_has_no_gain():

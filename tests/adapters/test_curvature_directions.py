@@ -5,14 +5,20 @@ import itertools
 import numpy as np
 import pytest
 
+from lorambo_alloc import allocate
 from lorambo_alloc.submodular import CoupledQuadratic, select
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 
 from lorambo_adapters.spectra.candidates import candidate_directions  # noqa: E402
 from lorambo_adapters.spectra.curvature import curvature_factors  # noqa: E402
-from lorambo_adapters.spectra.directions import coupled_directions, first_dimension  # noqa: E402
+from lorambo_adapters.spectra.directions import (  # noqa: E402
+    Coupled,
+    coupled_directions,
+    first_dimension,
+)
 from lorambo_adapters.spectra.fisher import TrueFisher  # noqa: E402
+from lorambo_adapters.spectra.loss_units import curvature_spectra  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -216,6 +222,103 @@ def test_what_a_set_of_directions_saves_is_what_the_loss_loses():
     assert sum(selection.ranks.values()) == 2
 
 
+def quadratic(model, batch, name, update):
+    """<G, D> + 1/2 <D, F D> of the mean cross entropy, in the exact true Fisher."""
+    weight = model.get_submodule(name).weight
+    g = torch.autograd.grad(cross_entropies(model, batch).mean(), weight)[0]
+
+    def outputs(weight):
+        return torch.func.functional_call(model, {f"{name}.weight": weight}, (batch[0],))
+
+    logits, change = torch.autograd.functional.jvp(outputs, weight.detach(), update)
+    p = torch.softmax(logits, -1)
+    curvature = ((p * change**2).sum(-1) - (p * change).sum(-1) ** 2).mean()
+    return float((g * update).sum() + 0.5 * curvature)
+
+
+def test_curves_are_what_the_first_candidates_of_a_layer_save_in_the_exact_quadratic_model():
+    model, batch = network(), classified(40)
+    fisher = TrueFisher(lambda m, b: m(b[0]), draws="all")
+    factors = curvature_factors(
+        model, [batch], cross_entropies, fisher=fisher, damping=1e-3, targets=["0", "2"]
+    )
+    found = coupled_directions(
+        model, [batch], cross_entropies, fisher=fisher, curvature=factors, per_layer=3,
+        targets=["0", "2"],
+    )  # fmt: skip
+    curves = found.curves()
+    assert list(curves) == ["0", "2"]
+    ranks = {"0": 3, "2": 2}  # three classes: logits have two degrees of freedom
+    for i, (name, most) in enumerate(ranks.items()):
+        u, v = found.directions[name]
+        saved = []
+        for rank in range(most + 1):
+            of = slice(3 * i, 3 * i + rank)
+            x = torch.from_numpy(np.linalg.solve(found.C[of, of], found.b[of]))
+            saved.append(-quadratic(model, batch, name, -(u[:, :rank] * x) @ v[:, :rank].T))
+            # No other coefficients do better.
+            for _ in range(3 if rank else 0):
+                other = x + 0.1 * torch.randn(rank).double()
+                update = -(u[:, :rank] * other) @ v[:, :rank].T
+                assert -quadratic(model, batch, name, update) < saved[-1]
+        np.testing.assert_allclose(curves[name][: most + 1], saved, rtol=1e-10, atol=1e-14)
+        assert (np.diff(curves[name]) >= 0).all()
+    f = CoupledQuadratic(found.b, found.C, rho=0.3, layers=found.layers)
+    damped = found.curves(rho=0.3)
+    assert damped["2"][2] == pytest.approx(f.value([3, 4]), rel=1e-12)
+    assert damped["2"][2] < curves["2"][2]
+    with pytest.raises(ValueError, match="rho: expected a finite number >= 0, got -1"):
+        found.curves(-1)
+
+
+def test_curves_go_to_the_solver_and_a_direction_without_curvature_adds_nothing():
+    b, c = np.array([3.0, 3.0, 1.0, 2.0]), np.diag([2.0, 2.0, 4.0, 1.0])
+    c[0, 1] = c[1, 0] = 2.0  # the second candidate is the first one again
+    found = Coupled(b, c, ["q", "q", "q", "v"], {})
+    curves = found.curves()
+    np.testing.assert_allclose(curves["q"], [0, 2.25, 2.25, 2.375])
+    np.testing.assert_allclose(curves["v"], [0, 2.0])
+    allocation = allocate(curves, 2)
+    assert allocation.certificate.value == pytest.approx(4.25)
+    flat = Coupled(b, np.zeros((4, 4)), ["q", "q", "q", "v"], {}).curves()
+    assert flat["q"].tolist() == [0, 0, 0, 0]
+
+
+def test_whitened_gradients_overstate_what_curves_measure():
+    # The factors leave out products of a sample's tokens, and a mean over them has little else.
+    torch.manual_seed(11)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3)).double()
+    pooled = torch.nn.Sequential(model[0])
+    x = torch.randn(30, 1, 4).double() + 0.3 * torch.randn(30, 8, 4).double()
+    batch = x, torch.randint(3, (30,))
+
+    def losses(model, batch):
+        return torch.nn.functional.cross_entropy(
+            model(batch[0]).mean(1), batch[1], reduction="none"
+        )
+
+    fisher = TrueFisher(lambda m, b: m(b[0]).mean(1), draws="all")
+    kwargs = {"fisher": fisher, "targets": ["0"]}
+    factors = curvature_factors(pooled, [batch], losses, damping=0.0, **kwargs)
+    spectra = curvature_spectra(pooled, [batch], losses, curvature=factors, targets=["0"])
+    curves = coupled_directions(
+        pooled, [batch], losses, curvature=factors, per_layer=2, **kwargs
+    ).curves()
+    weight = model[0].weight
+
+    def mean(weight):
+        outputs = torch.nn.functional.linear(x, weight, model[0].bias).mean(1)
+        return torch.nn.functional.cross_entropy(outputs, batch[1])
+
+    # Of logits that are linear in the weight the Fisher is the Hessian.
+    g = torch.autograd.grad(mean(weight), weight)[0].flatten()
+    hessian = torch.autograd.functional.hessian(mean, weight.detach()).reshape(12, 12)
+    most = 0.5 * float(g @ torch.linalg.pinv(hessian, hermitian=True) @ g)
+    assert curves["0"][-1] <= most * (1 + 1e-9)
+    assert curves["0"][-1] > 0.8 * most
+    assert 5 * most < (spectra["0"] ** 2).sum() < 9 * most  # there are 8 tokens
+
+
 @pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("shape", [(20, 15), (90, 80)])  # summed exactly, and sketched
 def test_default_candidates_are_the_singular_pairs_of_the_whitened_gradient(whitened, shape):
@@ -257,20 +360,6 @@ def test_fewer_candidates_where_the_gradient_has_a_lower_rank():
         candidate_directions(model, [batch], lambda m, b: 0 * cross_entropies(m, b), targets=["0"])
 
 
-def test_workers_add_up_their_sums():
-    model, batch = network(), classified()
-    directions = random_directions({"0": (5, 4)})
-    once = coupled_directions(model, [batch], cross_entropies, directions)
-
-    def double(sums):
-        for total in sums:
-            total *= 2
-
-    twice = coupled_directions(model, [batch], cross_entropies, directions, reduce=double)
-    np.testing.assert_allclose(twice.C, once.C, rtol=1e-12)
-    np.testing.assert_allclose(twice.b, once.b, rtol=1e-12)
-
-
 def test_bad_input_is_refused():
     model, batch = network(), classified()
     good = random_directions({"0": (5, 4)})
@@ -296,6 +385,11 @@ def test_bad_input_is_refused():
         candidate_directions(
             model, [batch], lambda m, b: (m(b[0]) - m(b[0])).sum(1).sqrt(), targets=["0"]
         )
+    with pytest.raises(ValueError, match="at least one term in the batches"):
+        coupled_directions(model, [batch], lambda m, b: cross_entropies(m, b)[:0], good)
+    some = TrueFisher(lambda m, b: (m(b[0]), torch.arange(9) > 0))
+    with pytest.raises(ValueError, match="the terms of the loss, 9 in this batch, got 8"):
+        call(good, fisher=some)
     padded = torch.nn.Sequential(torch.nn.Embedding(5, 3, padding_idx=0))
     with pytest.raises(ValueError, match="embedding table with padding_idx"):
         coupled_directions(padded, [batch], cross_entropies, random_directions({"0": (3, 5)}))

@@ -263,5 +263,12 @@ def test_noise_alone_has_values_up_to_its_edge():
     spectra = curvature_spectra(
         model, [(x, labels)], cross_entropies, fisher=fisher, damping=0.0, targets=["0"]
     )
+    with pytest.raises(ValueError, match="terms: expected a whole number >= 1, got 0"):
+        noise_edge((19, 30), 0)
+    with pytest.raises(ValueError, match="at least one term in the batches"):
+        curvature_spectra(
+            model, [(x, labels)], lambda m, b: cross_entropies(m, b)[:0], curvature="none",
+            targets=["0"],
+        )  # fmt: skip
     edge = noise_edge((19, 30), 3000)  # 20 probabilities have 19 degrees of freedom
     assert 0.8 * edge < spectra["0"][0] < 1.05 * edge

@@ -11,6 +11,7 @@ transformers = pytest.importorskip(
 
 from lorambo_adapters.layers import find_layers  # noqa: E402  (needs torch)
 from lorambo_adapters.spectra.curvature import curvature_factors  # noqa: E402
+from lorambo_adapters.spectra.directions import coupled_directions  # noqa: E402
 from lorambo_adapters.spectra.fisher import TrueFisher  # noqa: E402
 
 EXPECTATION = TrueFisher(draws="all")
@@ -114,6 +115,26 @@ def test_the_empirical_fisher_counts_labelled_tokens_whatever_the_batches():
             assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "true"])
+def test_labels_of_a_head_of_zeros_are_recognised_by_the_gradient(fisher):
+    # All cross entropies are log V then, shifted or not.
+    model, batch = llama(), tokens()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][0, -1] = -100
+    run: Any = curvature_factors
+    assert run(model, [batch], fisher=fisher, targets=["lm_head"]).terms == 15
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    masked = transformers.BertForMaskedLM(config).eval()
+    torch.nn.init.zeros_(masked.get_output_embeddings().weight)
+    torch.nn.init.zeros_(masked.get_output_embeddings().bias)
+    found = run(masked, [batch], fisher=fisher, targets=["cls.predictions.transform.dense"])
+    assert found.terms == 19
+
+
 def test_padding_counts_nowhere():
     model, batch = llama(), tokens()
     exact = curvature_factors(model, [batch], damping=0.0).matrices()
@@ -127,6 +148,40 @@ def test_padding_counts_nowhere():
     for name, pair in found.items():
         for mine, theirs in zip(pair, exact[name], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_experts_have_factors_but_no_samples():
+    config = transformers.MixtralConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).double().eval()
+    set_experts = getattr(model, "set_experts_implementation", None)
+    if set_experts is not None:
+        set_experts("eager")  # the grouped product knows no float64
+    ids = torch.tensor([[3, 7]])
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.tensor([[1, 0]])}
+    names = [layer.name for layer in find_layers(model) if layer.name.split(".")[-2] == "down_proj"]
+    if not names:
+        pytest.skip("without peft, experts are found by target_parameters alone")
+    with pytest.warns(UserWarning, match="no gradient reached 2 layers"):  # of the third expert
+        found = curvature_factors(model, [batch], damping=0.0)
+    assert found.terms == 1
+    model(**batch).loss.backward()
+    experts: Any = model.get_submodule("model.layers.0.mlp.experts")
+    reached = 0
+    for i, name in enumerate(names):
+        # One token and one term: the Fisher is the gradient's outer product.
+        gradient = experts.down_proj.grad[i].flatten()
+        if gradient.any():
+            exact = torch.outer(gradient, gradient)
+            assert float((kron(found[name]) - exact).norm() / exact.norm()) < 1e-10
+            reached += 1
+    assert reached == 2
+    with pytest.raises(ValueError, match="got an expert, of whose tokens the samples"):
+        coupled_directions(model, [batch])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -158,6 +213,10 @@ def test_masked_and_sequence_labels_are_recognised_by_the_value_of_the_loss():
     batch = {"input_ids": ids, "labels": torch.tensor([0, 1, 2, 1])}
     found = curvature_factors(classifier, [batch], fisher=EXPECTATION, targets=["query"])
     assert found.terms == 4
+    batch = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    with pytest.raises(ValueError, match="at least one label that is not -100"):
+        curvature_factors(masked, [batch], targets=["query"])
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 1, 2, 1])}
     config.num_labels, config.problem_type = 1, "regression"
     regression = transformers.BertForSequenceClassification(config).eval()
     batch["labels"] = batch["labels"].float()

@@ -256,6 +256,7 @@ class TestArguments:
             (torch.zeros(2, 2, dtype=torch.int8), "torch.int8"),
             (torch.zeros(2, 2, dtype=torch.float8_e4m3fn), "float8_e4m3fn"),
             (torch.zeros(2, 2, device="meta"), "meta device"),
+            (torch.eye(2).to_sparse(), "torch.sparse_coo"),
             (torch.tensor([[1.0, math.nan]]), "NaN or infinity"),
             (torch.tensor([[1.0, -math.inf]]), "NaN or infinity"),
         ],

@@ -1,5 +1,6 @@
 """Spectra of gradients: against autograd's exact ones, on toys and on real transformers."""
 
+import copy
 import io
 import re
 from importlib import metadata
@@ -14,6 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is absent: pip install 'loram
 
 from lorambo_adapters.layers import find_layers  # noqa: E402
 from lorambo_adapters.spectra.gradients import gradient_spectra, loraga_spectra  # noqa: E402
+from lorambo_adapters.spectra.hooks import GradientHooks  # noqa: E402
 from lorambo_adapters.spectra.sketcher import GradientSketcher  # noqa: E402
 
 
@@ -120,6 +122,33 @@ def test_a_real_transformer_within_one_percent(minilm):
         assert estimate == pytest.approx(energy, rel=0.05)
     allocation = allocate(spectra, uniform_rank(8), max_rank=64)
     assert allocation.certificate.status == "optimal_exact"
+
+
+def test_a_real_transformer_in_bfloat16_within_one_percent(minilm):
+    model, tokenizer = copy.deepcopy(minilm[0]).bfloat16(), minilm[1]
+    batches = list(contrastive_batches(tokenizer, 1))
+    gradients = {
+        layer.name: torch.zeros(layer.shape).double() for layer in find_layers(model, ENCODER)
+    }
+
+    def add(layer, inputs, gradient):
+        assert next(iter(inputs.pieces(gradient, low=True)))[0].dtype == torch.bfloat16
+        gradients[layer.name] += gradient.double().T @ inputs.matrix.double() / len(batches)
+
+    # Autograd would round each weight gradient to bfloat16: the same tokens, in double.
+    model.requires_grad_(False)
+    with GradientHooks(find_layers(model, ENCODER), add, model=model, convert=False) as hooks:
+        for batch in batches:
+            hooks.begin(batch["attention_mask"])
+            contrastive_loss(model, batch).backward()
+    spectra = gradient_spectra(model, batches, contrastive_loss, targets=ENCODER)
+    assert largest_error(spectra, gradients) < 0.005
+    for name, gradient in gradients.items():
+        exact = torch.linalg.svdvals(gradient).numpy()[:64]
+        assert np.max(spectra[name] / exact) < 1.003  # rounding; in float32 they are lower bounds
+        energy = float(gradient.square().sum())
+        estimate = np.square(spectra[name]).sum() + spectra.unresolved[name]
+        assert estimate == pytest.approx(energy, rel=0.05)
 
 
 def test_one_pass_over_a_real_transformer_is_as_coarse_as_stated(minilm):
@@ -386,8 +415,10 @@ def through_a_file(sketcher):
 
 
 @pytest.mark.parametrize("passes", [1, 2])
-def test_merge_and_resume(passes):
-    model, batches = wide_mlp().requires_grad_(False), batches_of(4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_resume(passes, dtype):
+    model, batches = wide_mlp().to(dtype).requires_grad_(False), batches_of(4)
+    batches = [batch.to(dtype) for batch in batches]
     single, merged = sketcher_of(model, passes), sketcher_of(model, passes)
     for number in range(1, passes + 1):
         start = through_a_file(merged)
@@ -411,6 +442,45 @@ def test_merge_and_resume(passes):
         np.testing.assert_allclose(
             spectra[name], expected[name], rtol=1e-4, atol=1e-5 * expected[name][0]
         )
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
+    fresh, another = sketcher_of(model, passes), sketcher_of(wide_mlp().to(other), passes)
+    with pytest.raises(ValueError, match="merge: rounded: expected the same, got others"):
+        fresh.merge(another)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("whitened", [False, True])
+def test_singular_pairs_are_the_spectras(passes, whitened):
+    model, batches = wide_mlp().requires_grad_(False), batches_of(2, size=6)
+    curvature = None
+    if whitened:
+        curvature = {
+            name: (torch.linspace(1, 2, k), torch.linspace(2, 1, d))
+            for name, (d, k) in {"0": (120, 100), "3": (6, 120)}.items()
+        }
+    sketcher = sketcher_of(model, passes, curvature=curvature)
+    for number in range(passes):
+        if number:
+            with pytest.raises(ValueError, match=f"expected {passes} passes over .*, got {number}"):
+                sketcher.singular_pairs()
+            sketcher.next_pass()
+        one_pass(sketcher, model, batches)
+    spectra, pairs = sketcher.spectra(), sketcher.singular_pairs()
+    gradients = exact_gradients(model, batches, square_loss, ["0", "3"])
+    for name, ranks in (("0", 12), ("3", 6)):
+        left, values, right = pairs[name]
+        gradient = gradients[name]
+        if curvature is not None:
+            gradient = curvature[name][1].double()[:, None] * gradient * curvature[name][0].double()
+        assert (left.shape[1], len(values), right.shape[1]) == (ranks, ranks, ranks)
+        error = left @ torch.diag(values) @ right.T - gradient
+        assert float(error.norm()) < 1e-4 * float(gradient.norm())
+        np.testing.assert_allclose(
+            values.numpy(), spectra[name][:ranks], rtol=1e-3, atol=1e-5 * float(values[0])
+        )
+    short = GradientSketcher(model, rank=2, targets=["3"])
+    one_pass(short, model, batches)
+    assert short.singular_pairs()["3"][2].shape == (120, 2)
 
 
 def test_what_does_not_fit_together():
@@ -470,8 +540,16 @@ def test_layers_that_no_gradient_reaches_are_said():
             return self.used(x)
 
     batches = batches_of(1, width=4)
-    with pytest.warns(UserWarning, match="no gradient reached 1 layers, .* zero: 'unused'"):
+    message = "no gradient reached 1 layers, .* zero: 'unused'"
+    with pytest.warns(UserWarning, match=message) as said:
         spectra = gradient_spectra(Unused(), batches, square_loss)
+    assert [warning.filename for warning in said] == [__file__]
+    model = Unused().requires_grad_(False)
+    sketcher = GradientSketcher(model)
+    one_pass(sketcher, model, batches)
+    with pytest.warns(UserWarning, match=message) as said:
+        sketcher.spectra()
+    assert [warning.filename for warning in said] == [__file__]
     assert not spectra["unused"].any()
     assert spectra["used"].any()
 
@@ -533,13 +611,16 @@ def test_gradients_that_loraga_stored():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("passes", [1, 3])
-def test_cuda_agrees_with_the_cpu(passes):
-    model, batches = wide_mlp(), batches_of(2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_agrees_with_the_cpu(passes, dtype):
+    model, batches = wide_mlp().to(dtype), [batch.to(dtype) for batch in batches_of(2)]
+    # The model's own rounding differs between devices too.
+    relative, absolute = (1e-3, 1e-4) if dtype == torch.float32 else (3e-2, 1e-2)
     options = {"rank": 16, "targets": ["0", "3"], "passes": passes}
     expected = gradient_spectra(model, batches, square_loss, **options)
     there = [batch.to("cuda") for batch in batches]
     spectra = gradient_spectra(model.to("cuda"), there, square_loss, **options)
     for name in expected:
         np.testing.assert_allclose(
-            spectra[name], expected[name], rtol=1e-3, atol=1e-4 * expected[name][0]
+            spectra[name], expected[name], rtol=relative, atol=absolute * expected[name][0]
         )

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 
 from lorambo_adapters.layers import find_layers, parameter_count  # noqa: E402  (needs torch)
+from lorambo_adapters.spectra.stored_layers import stored_layers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -41,6 +43,19 @@ FAMILIES = {
     "qwen2_moe": ("Qwen2Moe", "ForCausalLM", {**MOE, "shared_expert_intermediate_size": 12}),
     "gpt_oss": ("GptOss", "ForCausalLM", {**DECODER, "num_local_experts": 4, "head_dim": 4}),
 }
+CONVOLUTIONS = {"depths": [1, 1], "hidden_sizes": [8, 12]}
+FAMILIES |= {
+    "phi3": ("Phi3", "ForCausalLM", {**DECODER, "pad_token_id": 0}),
+    "gemma2": ("Gemma2", "ForCausalLM", {**DECODER, "head_dim": 4}),
+    "opt": ("OPT", "ForCausalLM", {**ENCODER, "ffn_dim": 24, "word_embed_proj_dim": 12}),
+    "bloom": ("Bloom", "ForCausalLM", {"hidden_size": 16, "n_layer": 2, "n_head": 4}),
+    "mamba": ("Mamba", "ForCausalLM", {"hidden_size": 16, "state_size": 4}),
+    "resnet": ("ResNet", "ForImageClassification", {**CONVOLUTIONS, "embedding_size": 8}),
+    "convnext": ("ConvNext", "ForImageClassification", {**CONVOLUTIONS, "num_stages": 2}),
+    "roberta": ("Roberta", "ForSequenceClassification", {**ENCODER, "vocab_size": 40}),
+}
+for _name in ("opt", "bloom", "mamba"):
+    FAMILIES[_name][2].update(num_hidden_layers=2, vocab_size=40)
 FAMILIES["gpt2"][2].update(bos_token_id=0, eos_token_id=0)  # within the small vocabulary
 FAMILIES["t5"][2].update(num_heads=3, num_layers=2, vocab_size=40)
 
@@ -114,6 +129,15 @@ def described(layers):
         ("qwen2_moe", {"target_modules": "all-linear"}),
         ("qwen2_moe", {"target_modules": ["v_proj"], "target_parameters": EXPERTS}),
         ("gpt_oss", {"target_modules": "all-linear", "target_parameters": EXPERTS}),
+        ("phi3", {"target_modules": "all-linear"}),
+        ("gemma2", {"target_modules": "all-linear"}),
+        ("opt", {"target_modules": "all-linear"}),
+        ("opt", {"target_modules": ["project_in", "embed_positions"]}),
+        ("bloom", {"target_modules": "all-linear"}),
+        ("mamba", {"target_modules": ["x_proj", "in_proj", "embeddings"]}),
+        ("resnet", {"target_modules": r".*convolution"}),
+        ("convnext", {"target_modules": "all-linear"}),
+        ("roberta", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     ],
 )
 def test_names_and_parameters_are_those_of_peft(transformers, peft, name, options):
@@ -132,6 +156,25 @@ def test_names_and_parameters_are_those_of_peft(transformers, peft, name, option
     assert parameter_count(layers, 4) == adapter_parameters(adapted)
     # The adapted model has the same layers.
     assert described(find_layers(adapted, **given)) == described(layers)
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "options"),
+    [
+        ("all-linear", "(.*[.])?classifier([.].*)?", {"modules_to_save": ["classifier"]}),
+        (["query", "key"], r".*[.]0[.].*", {"layers_to_transform": [1]}),
+    ],
+)
+def test_what_peft_leaves_out_otherwise_is_left_out_by_exclude(
+    transformers, peft, targets, exclude, options
+):
+    model = family(transformers, "roberta")
+    layers = find_layers(model, targets, exclude=exclude)
+    adapted = with_adapters(peft, model, r=4, target_modules=targets, **options)
+    assert names(layers) == targeted(adapted)
+    assert parameter_count(layers, 4) == adapter_parameters(adapted)
+    if "modules_to_save" in options:
+        assert described(find_layers(adapted, targets)) == described(layers)
 
 
 @pytest.mark.parametrize(
@@ -332,6 +375,18 @@ def test_compiled_model_has_the_names_of_its_original():
     assert described(find_layers(compiled)) == described(find_layers(model))
 
 
+def test_wrappers_are_seen_through_in_any_order(transformers, peft):
+    model = family(transformers, "llama")
+    expected = described(find_layers(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what compiling imports, and PEFT of mixed adapters
+        parallel = torch.nn.DataParallel(torch.compile(model))
+        config = peft.LoraConfig(target_modules=["q_proj"])
+        mixed = peft.get_peft_model(model, config, mixed=True)
+    for wrapped in (parallel, torch.nn.DataParallel(parallel), mixed, torch.compile(mixed)):
+        assert described(find_layers(wrapped)) == expected
+
+
 def test_an_adapted_output_head_is_still_the_head(transformers, peft):
     model = family(transformers, "llama")
     expected = described(find_layers(model))
@@ -348,9 +403,9 @@ def test_modules_to_save_are_left_out(transformers, peft):
 
 
 @pytest.mark.parametrize("has_run", [False, True])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "storage"), [(8, None), (4, torch.uint8), (4, torch.bfloat16)])
 @pytest.mark.parametrize("quantised", [False, True])
-def test_bitsandbytes_weights_are_dequantised(bits, quantised, has_run):
+def test_bitsandbytes_weights_are_dequantised(bits, storage, quantised, has_run):
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is absent")
     plain = torch.nn.Linear(64, 32, bias=False)
     if bits == 8:
@@ -358,13 +413,14 @@ def test_bitsandbytes_weights_are_dequantised(bits, quantised, has_run):
         # Half a step of the row's scale, and the rounding to float16 that goes before.
         bound = plain.weight.detach().abs().amax(1, keepdim=True) * (0.501 / 127 + 2**-11)
     else:
-        packed = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4")
+        keywords = {"quant_type": "nf4", "quant_storage": storage}
+        packed = bnb.nn.Linear4bit(64, 32, bias=False, **keywords)
         bound = plain.weight.detach().abs().max() * 0.16  # half of NF4's widest step
     packed.load_state_dict(plain.state_dict())
     model = torch.nn.Sequential(packed)
     if quantised:
         model.to("cpu")  # where bitsandbytes quantises
-        assert not model[0].weight.is_floating_point()
+        assert model[0].weight.dtype == (torch.int8 if bits == 8 else storage)
     if has_run and quantised:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a cast to float16
@@ -376,7 +432,26 @@ def test_bitsandbytes_weights_are_dequantised(bits, quantised, has_run):
     assert torch.all(difference <= (bound if quantised else 0))
     if quantised:
         assert difference.max() > 0
-        assert not model[0].weight.is_floating_point()  # the model is left as it was
+        assert model[0].weight.dtype == (torch.int8 if bits == 8 else storage)  # left as it was
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_4_bit_codes_may_be_stored_as_floats(monkeypatch, storage):
+    # With a stand-in for bitsandbytes, so that it runs where that is absent. FSDP wants floats.
+    class Params4bit(torch.nn.Parameter):
+        quant_state: object = None
+
+    whole = torch.randn(6, 4)
+    stand_in = SimpleNamespace(dequantize_4bit=lambda codes, state: state)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=stand_in))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False))
+    model[0].weight = Params4bit(torch.zeros(6, 1, dtype=storage), requires_grad=False)
+    model[0].weight.quant_state = whole
+    (layer,) = find_layers(model)
+    assert (layer.kind, layer.shape) == ("quantized", (6, 4))
+    assert torch.equal(layer.matrix(), whole)
+    (stored,) = stored_layers(model).layers.values()
+    assert stored.info.dtype == "quantized"  # so that no difference is taken
 
 
 def sharded(rank, world, rendezvous):
@@ -476,7 +551,10 @@ def test_weights_that_are_not_real_numbers_are_refused():
     model[0].weight.data = model[0].weight.data.to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"layer '0': .*16 bits or more, got torch.float8_e4m3fn"):
         find_layers(model)[0].matrix()
-    model[0].weight.data = torch.zeros(3, 5)
+    model[0].weight = torch.nn.Parameter(torch.zeros(3, 4).to_sparse())
+    with pytest.raises(ValueError, match=r"layer '0': .*16 bits or more, got torch.sparse_coo"):
+        find_layers(model)[0].matrix()
+    model[0].weight = torch.nn.Parameter(torch.zeros(3, 5))
     with pytest.raises(ValueError, match=r"layer '0': .*shape \(3, 4\), got \(3, 5\)"):
         find_layers(model)[0].matrix()
 

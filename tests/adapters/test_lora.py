@@ -234,12 +234,14 @@ def mixtral(transformers):
     return transformers.MixtralForCausalLM(config)
 
 
-@pytest.mark.parametrize("stem", ["Mixtral", "GptOss"])  # out x in, and in x out
+# Out x in; in x out; in x out without saying so.
+@pytest.mark.parametrize("stem", ["Mixtral", "GptOss", "Llama4"])
 def test_experts_of_a_live_model(transformers, peft, stem):
     if not hasattr(transformers, f"{stem}ForCausalLM"):
         pytest.skip(f"this transformers has no {stem}")
     torch.manual_seed(0)
-    config = getattr(transformers, f"{stem}Config")(**TINY, num_local_experts=3, head_dim=4)
+    which = getattr(transformers, f"{stem}TextConfig", getattr(transformers, f"{stem}Config"))
+    config = which(**TINY, num_local_experts=3, head_dim=4, pad_token_id=0)
     model = getattr(transformers, f"{stem}ForCausalLM")(config)
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     options = {"target_modules": ["q_proj"], "target_parameters": parameters}
@@ -258,6 +260,15 @@ def test_experts_of_a_live_model(transformers, peft, stem):
     assert_spectra_of(spectra, matrices)
     layers = find_layers(model, ["q_proj"], target_parameters=parameters)
     assert spectra.shapes == {layer.name: layer.shape for layer in layers}
+    # The outputs' side is that of B, whatever way the experts are kept.
+    diagonals = {y.name: (torch.rand(y.shape[1]), torch.rand(y.shape[0])) for y in layers}
+    weighted = {}
+    for layer in layers:
+        a, b = (diagonal.double().sqrt() for diagonal in diagonals[layer.name])
+        delta = matrices[layer.name].double()
+        delta = delta if delta.shape == layer.shape else delta.T
+        weighted[layer.name] = b[:, None] * delta * a / math.sqrt(2)
+    assert_spectra_of(lora_spectra(model, curvature=diagonals), weighted)
 
 
 def test_experts_in_a_file(transformers, peft, tmp_path):
@@ -547,8 +558,11 @@ NAN = {**GOOD, "q.lora_up.weight": torch.full((6, 2), math.nan)}
         (GOOD | {"q.lora_down.weight": torch.ones(2, 5).to(torch.int8)}, "16 bits or more.*int8"),
         (GOOD | {"q.alpha": torch.tensor(0.0)}, "'q.alpha': expected one number .* not 0"),
         (GOOD | {"q.alpha": torch.ones(2)}, "'q.alpha': expected one number"),
+        (GOOD | {"q.alpha": torch.ones((), device="meta")}, "'q.alpha': expected one number"),
+        (GOOD | {"q.lora_up.weight": torch.ones(6, 2, device="meta")}, "16 bits or more, got meta"),
         (GOOD | {"q.lora_A.weight": torch.ones(2, 5)}, "expected one A a layer, got 'q.lora_down"),
         (NAN, "layer 'q'.*NaN or infinity in the factor B"),
+        ({key: 1e200 * value.double() for key, value in GOOD.items()}, "layer 'q': .*an overflow"),
         (GOOD | {"k.hada_w1_a": torch.ones(2, 2)}, "'k.hada_w1_a' is not a factor of a LoRA"),
         (GOOD | {"q.lora_E": torch.ones(2, 1)}, "'q.lora_E' is not a factor of a LoRA"),
         (factors("base_model.model.q", 6, [5], 2, "lora_A"), "their scale is in adapter_config"),
@@ -600,6 +614,10 @@ def saved_config(tmp_path, state=None, **entries):
         ({"lora_alpha": math.inf}, "expected numbers for lora_alpha"),
         ({"rank_pattern": [1]}, "rank_pattern: expected a mapping"),
         ({"rank_pattern": {"q(": 2}}, r"rank_pattern: expected regular expressions, got 'q\('"),
+        ({"target_modules": 3}, "target_modules: expected a regular expression or a list, got 3"),
+        ({"target_modules": [{}]}, "target_modules: expected names that are not empty, got {}"),
+        ({"target_parameters": [None]}, "target_parameters: expected names that are not empty"),
+        ({"target_parameters": "experts"}, "target_parameters: expected a list, got a string"),
         ({"peft_type": "LOHA", "r": None}, "expected peft_type LORA, got LOHA"),
         ({"use_qalora": True}, "got one with use_qalora"),
         ({"use_dora": True}, "got a DoRA"),
@@ -669,6 +687,32 @@ def test_arguments_that_are_none():
     for alpha in (math.nan, "8"):
         with pytest.raises(ValueError, match="alpha: expected a finite number"):
             lora_spectra(GOOD, alpha=alpha)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("alpha", [6.0, 6, torch.tensor(6), torch.tensor([6.0], dtype=torch.half)])
+def test_an_alpha_of_any_type(tmp_path, alpha):
+    state = GOOD | {"q.alpha": alpha}
+    assert_spectra_of(lora_spectra(state), {"q": 3 * product(GOOD)})
+    torch.save(state, tmp_path / "lora.pt")
+    assert_spectra_of(lora_spectra(tmp_path / "lora.pt"), {"q": 3 * product(GOOD)})
+    given = np.float32(float(alpha))
+    spectra = lora_spectra(GOOD, alpha=given)  # pyright: ignore[reportArgumentType]
+    assert_spectra_of(spectra, {"q": 3 * product(GOOD)})
+
+
+def test_sharded_factors_are_gathered(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        state = {key: distribute_tensor(value, mesh, [Shard(0)]) for key, value in GOOD.items()}
+        assert_spectra_of(lora_spectra(state), {"q": product(GOOD)})
+    finally:
+        dist.destroy_process_group()
 
 
 def test_curvature_weights_the_spectra():
@@ -745,6 +789,7 @@ def test_the_command_refuses_in_a_line(lorambo, tmp_path):
         ((tmp_path / "none", "-o", tmp_path / "out.npz"), f"{tmp_path / 'none'}: No such file"),
         ((dora, "-o", tmp_path / "none" / "f"), f"{tmp_path / 'none' / 'f'}: No such file"),
         ((dora, "-o", tmp_path), f"{tmp_path}: Is a directory"),
+        ((dora, "-o", dora), f"{dora}: expected a file to write spectra to"),
     ):
         code, out, errors = lorambo(*arguments)
         assert (code, out) == (2, "")

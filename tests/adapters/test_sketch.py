@@ -5,16 +5,17 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 
-from lorambo_adapters.spectra.inputs import DenseInputs  # noqa: E402
+from lorambo_adapters.spectra.gaussians import Gaussians  # noqa: E402
+from lorambo_adapters.spectra.inputs import DenseInputs, TokenInputs  # noqa: E402
 from lorambo_adapters.spectra.sketch import (  # noqa: E402
     PROBES,
     ExactSum,
-    Gaussians,
     SubspaceSketch,
     TwoSidedSketch,
     two_sided_widths,
 )
 
+BFLOAT16 = torch.bfloat16
 CPU, DOUBLE, NONE = torch.device("cpu"), torch.float64, (None, None)
 
 
@@ -34,23 +35,27 @@ def data(d, k, tokens, seed=0):
     return x, g
 
 
-def two_sided(shape, width, seed=0, whitening=NONE):
+def two_sided(shape, width, seed=0, whitening=NONE, rounded=False):
     columns = two_sided_widths(width)[1]
     gaussians = Gaussians(max(shape), columns, columns, seed)
-    return TwoSidedSketch(shape, width, gaussians, whitening, CPU, DOUBLE)
+    return TwoSidedSketch(shape, width, gaussians, whitening, CPU, DOUBLE, rounded)
 
 
-def subspace(shape, width, passes, seed=0, whitening=NONE):
+def subspace(shape, width, passes, seed=0, whitening=NONE, rounded=False):
     gaussians = Gaussians(max(shape), 2 * width + PROBES, PROBES, seed)
-    return SubspaceSketch(shape, width, passes, gaussians, whitening, CPU, DOUBLE)
+    return SubspaceSketch(shape, width, passes, gaussians, whitening, CPU, DOUBLE, rounded)
+
+
+def feed(sketch, x, g, passes=1):
+    for number in range(1, passes + 1):
+        sketch.update(DenseInputs(x, DOUBLE), g, 1.0)
+        if number < passes:
+            sketch.next_pass(1.0)
+    return sketch
 
 
 def run(sketch, x, g, passes=1):
-    for number in range(1, passes + 1):
-        sketch.update(DenseInputs(x), g, 1.0)
-        if number < passes:
-            sketch.next_pass(1.0)
-    return sketch.spectrum(1.0)
+    return feed(sketch, x, g, passes).spectrum(1.0)
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (50, 50)])
@@ -78,6 +83,188 @@ def test_more_passes_converge_from_below(shape):
     assert errors[0] > errors[1] > errors[2] > errors[3]
     assert errors[1] < 0.02
     assert errors[3] < 1e-4
+
+
+def low(d, k, tokens, seed=0):
+    """Tokens and gradients in bfloat16, and their exact product."""
+    x, g = (m.to(BFLOAT16) for m in data(d, k, tokens, seed))
+    return x, g, g.double().T @ x.double()
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_what_is_decomposed_is_what_the_rounded_test_matrices_gave(shape, passes):
+    # These tokens are float64, so that test matrices are all that is rounded.
+    if passes == 1:
+        x, g = data(*shape, tokens=5)
+        sketch = two_sided(shape, 16, rounded=True)
+        assert sketch._omega.dtype == sketch._psi.dtype == BFLOAT16
+        values, unresolved = run(sketch, x, g)
+        expected = torch.linalg.svdvals(g.T @ x).numpy()[:5]
+        np.testing.assert_allclose(values[:5], expected, rtol=1e-9)
+        assert unresolved < 1e-9 * values[0] ** 2
+        return
+    x, g = data(*shape, tokens=300)
+    sketch = feed(subspace(shape, 8, passes, rounded=True), x, g, passes)
+    values, unresolved = sketch.spectrum(1.0)
+    gradient = g.T @ x if passes == 3 else x.T @ g
+    (rounded,) = sketch.carried
+    assert rounded.dtype == BFLOAT16
+    basis = torch.linalg.qr(rounded.double())[0]
+    np.testing.assert_allclose(values, torch.linalg.svdvals(gradient @ basis).numpy(), rtol=1e-9)
+    rest = gradient - gradient @ basis @ basis.T
+    truth = float((rest @ sketch._probes.double()).square().sum()) / PROBES
+    assert unresolved == pytest.approx(truth, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(160, 120), (120, 160)])
+@pytest.mark.parametrize("passes", [2, 3, 5])
+def test_bfloat16_products_come_about_as_close(shape, passes):
+    x, g, gradient = low(*shape, tokens=300)
+    expected = torch.linalg.svdvals(gradient).numpy()
+    found, unresolved = run(subspace(shape, 16, passes, rounded=True), x, g, passes)
+    fine, rest = run(subspace(shape, 16, passes), x, g, passes)
+    assert not np.array_equal(found, fine)
+    np.testing.assert_allclose(found[:16], fine[:16], rtol=5e-3)
+    assert np.all(found < expected[:32] * 1.005)
+    assert unresolved == pytest.approx(rest, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [(48, 40), (40, 48)])
+def test_the_energy_of_a_two_sided_sketch_is_unbiased_in_bfloat16(shape):
+    x, g, gradient = low(*shape, tokens=100)
+    energy = float(gradient.square().sum())
+    totals, differences = [], []
+    for seed in range(300):
+        values, unresolved = run(two_sided(shape, 16, seed, rounded=True), x, g)
+        totals.append((np.square(values).sum() + unresolved) / energy)
+        values, unresolved = run(two_sided(shape, 16, seed), x, g)
+        differences.append(totals[-1] - (np.square(values).sum() + unresolved) / energy)
+    error = np.std(totals) / len(totals) ** 0.5
+    assert abs(np.mean(totals) - 1) < 4 * error
+    assert error < 0.02
+    # With the same Gaussian numbers, much closer than the sketch's own error lets see.
+    assert 0 < np.max(np.abs(differences)) < 0.05
+    assert abs(np.mean(differences)) < 5e-4
+
+
+def test_bfloat16_products_are_off_by_what_is_stated():
+    x, g, gradient = low(160, 120, tokens=400)
+    single = float((g.double().square().sum(1) * x.double().square().sum(1)).sum())
+    sketch = two_sided((160, 120), 32, rounded=True)
+    sketch.update(DenseInputs(x, torch.float32), g, 0.5)
+    y, z = sketch.accumulators
+    for found, exact in (
+        (y, gradient @ sketch._omega.double()),
+        (z, sketch._psi.double().T @ gradient),
+    ):
+        columns = min(found.shape)
+        assert 2**-20 < float((2 * found - exact).square().sum()) / columns / single < 2**-17
+    # And no more than the sum's own rounding where the precision is enough.
+    sketch = two_sided((160, 120), 32)
+    sketch.update(DenseInputs(x, torch.float32), g.float(), 1.0)
+    exact = gradient @ sketch._omega.double()
+    assert float((sketch.accumulators[0] - exact).norm()) < 1e-6 * float(exact.norm())
+
+
+def test_what_is_not_bfloat16_on_both_sides_is_multiplied_as_ever():
+    x, g, gradient = low(60, 50, tokens=200)
+    for inputs, given in (
+        (DenseInputs(x.float()), g),
+        (DenseInputs(x, torch.float32), g.float()),
+        (DenseInputs(x.half(), torch.float32), g.half()),
+    ):
+        truth = given.double().T @ inputs.matrix.double()
+        sketch = two_sided((60, 50), 8, rounded=True)
+        sketch.update(inputs, given, 1.0)
+        exact = truth @ sketch._omega.double()
+        assert float((sketch.accumulators[0] - exact).norm()) < 1e-6 * float(exact.norm())
+    # Both kinds among layers that share their input: each finds its own products.
+    inputs = DenseInputs(x, torch.float32)
+    gaussians = Gaussians(60, 10, 10, 0)
+    sketches = [
+        TwoSidedSketch((60, 50), 8, gaussians, NONE, CPU, torch.float32, True) for _ in range(4)
+    ]
+    for sketch, given in zip(sketches, (g, g.float(), g, g), strict=True):
+        sketch.update(inputs, given, 1.0)
+    exact = gradient @ sketches[0]._omega.double()
+    for sketch, error in zip(sketches, (2**-8, 1e-6, 2**-8, 2**-8), strict=True):
+        assert float((sketch.accumulators[0] - exact).norm()) < error * float(exact.norm())
+    assert not torch.equal(sketches[0].accumulators[0], sketches[1].accumulators[0])
+    torch.testing.assert_close(sketches[0].accumulators, sketches[2].accumulators, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_an_embedding_tables_tokens(rounded):
+    d, k = 40, 90
+    ids = torch.randint(0, k, (300,), generator=torch.Generator().manual_seed(1))
+    g = data(d, k, tokens=300)[1].to(BFLOAT16)
+    gradient = g.double().T @ torch.eye(k, dtype=DOUBLE)[ids]
+    expected = torch.linalg.svdvals(gradient).numpy()
+    gaussians = Gaussians(k, 2 * 16 + PROBES, PROBES, 0)
+    sketch = SubspaceSketch((d, k), 16, 3, gaussians, NONE, CPU, torch.float32, rounded)
+    for number in range(3):
+        sketch.update(TokenInputs(ids, torch.float32), g, 1.0)
+        if number < 2:
+            sketch.next_pass(1.0)
+    values, _ = sketch.spectrum(1.0)
+    np.testing.assert_allclose(values[:8], expected[:8], rtol=2e-3)
+
+
+def test_a_whitened_sketch_is_not_rounded():
+    whitening = torch.linspace(1, 2, 40, dtype=DOUBLE), None
+    for make in (
+        lambda **options: two_sided((60, 40), 8, **options),
+        lambda **options: subspace((60, 40), 4, 3, **options),
+    ):
+        assert make(rounded=True).rounded
+        assert not make(rounded=True, whitening=whitening).rounded
+        assert not make().rounded
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+@pytest.mark.parametrize("kind", ["exact", "one pass", "two passes", "three passes"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_singular_pairs(shape, kind, rounded):
+    x, g = data(*shape, tokens=5)
+    generator = torch.Generator().manual_seed(3)
+    factors = [torch.rand(side, generator=generator, dtype=DOUBLE) + 0.5 for side in shape[::-1]]
+    whitening = NONE if rounded else (factors[0], factors[1])
+    options = {"whitening": whitening, "rounded": rounded}
+    passes = {"two passes": 2, "three passes": 3}.get(kind, 1)
+    if kind == "exact":
+        sketch = ExactSum(shape, whitening, CPU, DOUBLE)
+    elif kind == "one pass":
+        sketch = two_sided(shape, 16, **options)
+    else:
+        sketch = subspace(shape, 8, passes, **options)
+    gradient = g.T @ x
+    if not rounded:
+        gradient = factors[1][:, None] * gradient * factors[0]
+    left, values, right = feed(sketch, x, g, passes).pairs(2.0)
+    assert left.shape == (shape[0], 5)  # what is zero is left out
+    assert right.shape == (shape[1], 5)
+    # A rounded basis spans the gradient's range up to its rounding.
+    near = 5e-3 * float(gradient.norm()) if rounded and passes > 1 else 1e-9
+    assert float((left @ torch.diag(values) @ right.T - gradient / 2).norm()) < near
+    identity = torch.eye(5, dtype=DOUBLE)
+    torch.testing.assert_close(left.T @ left, identity)
+    torch.testing.assert_close(right.T @ right, identity)
+    np.testing.assert_allclose(values.numpy(), sketch.spectrum(2.0)[0][:5], rtol=1e-8)
+
+
+def test_the_pairs_of_a_gradient_of_full_rank():
+    shape = (60, 40)
+    x, g = data(*shape, tokens=300)
+    sketch = feed(subspace(shape, 8, 6), x, g, 6)
+    left, values, right = sketch.pairs(1.0)
+    u, _, v = torch.linalg.svd(g.T @ x)
+    np.testing.assert_allclose(values.numpy(), sketch.spectrum(1.0)[0], rtol=1e-10)
+    for found, exact in ((left, u), (right, v.T)):
+        inner = (found[:, :4] * exact[:, :4]).sum(0).abs()
+        assert torch.all(inner > 1 - 1e-3)
+    zero = torch.zeros(5, 40, dtype=DOUBLE), torch.zeros(5, 60, dtype=DOUBLE)
+    assert feed(subspace(shape, 8, 3), *zero, 3).pairs(1.0)[0].shape == (60, 0)
 
 
 def test_updates_add_up():

@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -170,6 +171,7 @@ def test_source_tells_the_method():
     [
         (torch.zeros(3, 3, dtype=torch.uint8), "torch.uint8"),
         (torch.zeros(3, 3, device="meta"), "meta device"),
+        (torch.eye(3).to_sparse(), "torch.sparse_coo"),
         (torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), "NaN or infinity"),
     ],
 )
@@ -177,6 +179,45 @@ def test_a_weight_that_cannot_be_decomposed_is_named(weight, said):
     good = torch.eye(3)
     with pytest.raises(ValueError, match=rf"layer 'mlp\.up': .*{said}"):
         weight_spectra({"ok.weight": good, "mlp.up.weight": weight})
+    with pytest.raises(ValueError, match=rf"layer 'mlp\.up': .*{said}"):
+        weight_spectra({"ok.weight": good, "mlp.up.weight": weight}, rank=1)
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_layer_without_weights_is_named(rank):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it does not initialise it
+        model = torch.nn.ModuleDict({"none": torch.nn.Linear(0, 2), "some": torch.nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="layer 'none': expected"):
+        weight_spectra(model, rank=rank)
+    # As in a checkpoint, of a state dict's tensors those without numbers are no layers.
+    assert list(weight_spectra(model.state_dict(), rank=rank)) == ["some"]
+
+
+@pytest.mark.parametrize(
+    ("model", "keywords", "said"),
+    [
+        (None, {}, "model: expected a torch.nn.Module"),
+        ("gpt2", {}, "model: expected a torch.nn.Module"),
+        ({"a.weight": torch.eye(2)}, {"layers": "("}, "layers: expected a regular expression"),
+        ({"a.weight": torch.eye(2)}, {"chunk_bytes": -1}, "chunk_bytes: expected a whole number"),
+        ({"a.weight": torch.eye(2)}, {"rank": "all"}, "rank: expected a whole number"),
+    ],
+)
+def test_bad_arguments_are_refused(model, keywords, said):
+    with pytest.raises(ValueError, match=said):
+        weight_spectra(model, **keywords)
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_progress_is_shown_where_it_is_wanted(capsys, rank):
+    weight_spectra(small_model(), rank=rank)
+    assert capsys.readouterr() == ("", "")  # stderr is no terminal
+    pytest.importorskip("rich", reason="rich is absent: pip install 'lorambo-alloc[cli]'")
+    weight_spectra(small_model(), rank=rank, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "100%" in err
 
 
 def test_no_layer_is_an_error():

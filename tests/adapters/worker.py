@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -85,23 +86,21 @@ def compute(folder, workers=None):
     }
     for name, (right, left) in factors.matrices().items():
         arrays |= {f"factors/{name}/right": right, f"factors/{name}/left": left}
-    b, gram, _, _ = coupled_directions(
-        model, mine, losses, candidates(model, narrow), workers=workers
-    )
-    return arrays | {"b": torch.tensor(b), "C": torch.tensor(gram)}
+    directions = candidates(narrow)
+    if workers is not None and workers.index == 1:
+        directions = {name: (u * 2, v) for name, (u, v) in directions.items()}  # worker 0's count
+    b, gram, _, _ = coupled_directions(model, mine, losses, directions, workers=workers)
+    own, joint, _, _ = coupled_directions(model, mine, losses, per_layer=2, **data)
+    arrays |= {"b": torch.tensor(b), "C": torch.tensor(gram)}
+    # The default candidates have any sign.
+    return arrays | {"own b": torch.tensor(own).abs(), "own C": torch.tensor(joint).abs()}
 
 
-def candidates(model, factors):
+def candidates(factors):
     generator = torch.Generator().manual_seed(1)
     return {
-        name: [
-            (
-                torch.randn(factors[name].shape[0], generator=generator).double(),
-                torch.randn(factors[name].shape[1], generator=generator).double(),
-            )
-            for _ in range(3)
-        ]
-        for name in factors
+        name: tuple(torch.randn(side, 3, generator=generator).double() for side in factor.shape)
+        for name, factor in factors.items()
     }
 
 
@@ -222,10 +221,8 @@ def groups(folder):
     # One has all of its group's batches and the other has none.
     share = mine if rank < 2 else []
     outside = Workers(pairs[rank % 2])
-    try:
+    with pytest.raises(ValueError, match="enter them first"):
         outside.sum([torch.ones(1)])
-    except ValueError as error:
-        assert "enter them first" in str(error)
     with Workers(pairs[rank % 2]) as workers:
         assert (workers.index, workers.count) == (rank // 2, 2)
         options = {"rank": 8, "targets": ["first", "narrow"]}

@@ -17,7 +17,7 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
-from lorambo_adapters.layers import TargetLayer, find_layers
+from lorambo_adapters.layers import LayerTargets, TargetLayer, find_layers
 from lorambo_adapters.spectra.batches import (
     MaskOf,
     attention_masks,
@@ -41,7 +41,7 @@ def activation_spectra(
     model: torch.nn.Module,
     batches: Iterable[Any],
     rank: int = 64,
-    targets: str | Sequence[str] = "all-linear",
+    targets: LayerTargets = "all-linear",
     *,
     centered: bool = True,
     ratio: bool = False,

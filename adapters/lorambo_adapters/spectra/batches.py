@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -18,6 +19,8 @@ except ModuleNotFoundError as missing:
 from lorambo_adapters.layers import TargetLayer
 from lorambo_adapters.progress import progress_bar
 from lorambo_adapters.spectra.hooks import Mask
+
+_PACKAGE = __name__.partition(".")[0]
 
 MaskOf: TypeAlias = Callable[[Any], Mask]
 """A batch to the mask of its tokens."""
@@ -104,11 +107,15 @@ def shown(
 
 
 def warn_unreached(names: Sequence[str], what: str) -> None:
-    """Warn that these layers got nothing, and that their spectra are zero."""
-    if names:
-        more = ", ..." if len(names) > 3 else ""
-        warnings.warn(
-            f"no {what} reached {len(names)} layers, whose spectra are zero: "
-            f"{', '.join(map(repr, names[:3]))}{more}",
-            stacklevel=4,
-        )
+    """Warn that these layers got nothing, at the line outside this package that led here."""
+    if not names:
+        return
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        level, frame = level + 1, frame.f_back
+    more = ", ..." if len(names) > 3 else ""
+    warnings.warn(
+        f"no {what} reached {len(names)} layers, whose spectra are zero: "
+        f"{', '.join(map(repr, names[:3]))}{more}",
+        stacklevel=level,
+    )

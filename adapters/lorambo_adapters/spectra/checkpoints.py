@@ -51,7 +51,9 @@ def checkpoint_spectra(
     `wpe`, `shared`, `relative_attention_bias`, `lm_head`, `lm_head.decoder`,
     `predictions.decoder`, `output_layer`, or, at the top level, `output`. Any other 2-D weight
     counts, a pooler's, a router's or a classification head's too: where PEFT sees it otherwise, use
-    `exclude`. A weight stored under two names counts twice.
+    `exclude`. A weight stored under two names counts twice. The names are the files':
+    transformers 5 renames and fuses some on loading (the experts of Mixtral, Qwen3-MoE, DeepSeek-V3
+    and OLMoE, for instance); pass the loaded model for the names that PEFT then sees.
 
     Memory: one tensor as it is stored (mapped, not loaded, with up to 64 MB read before), and what
     `decompose` needs for it, whose docstring states it along with the accuracy.

@@ -12,7 +12,7 @@ import heapq
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -112,6 +112,18 @@ class Workers:
                 for tensor in tensors:
                     with _contiguous(tensor) as sent:
                         dist.all_reduce(sent, group=self._for(tensor))
+
+    def count_all(self, mine: int) -> int:
+        """The sum of a number over the workers."""
+        total = torch.tensor(mine)
+        self.sum([total])
+        return int(total)
+
+    def united(self, names: Sequence[str], mine: Collection[str]) -> set[str]:
+        """Which of the names, the same ones in all workers, some worker has."""
+        has = torch.tensor([name in mine for name in names], dtype=torch.float64)
+        self.sum([has])
+        return {name for name, count in zip(names, has.tolist(), strict=True) if count}
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by worker 0's, in place."""

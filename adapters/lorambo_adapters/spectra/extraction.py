@@ -25,6 +25,7 @@ from lorambo_adapters.spectra.distributed import Workers, balanced_shares
 from lorambo_adapters.spectra.partial import PartialResults, packed, unpacked
 from lorambo_alloc import Spectra
 from lorambo_alloc.costs import whole_number
+from lorambo_alloc.objectives import real_number
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,16 @@ class Options:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.rank is not None:
-            whole_number(self.rank, "rank", 1)
-        whole_number(self.exact_below, "exact_below", 0)
-        whole_number(self.seed, "seed", 0)
-        if not 0 <= self.tolerance < 1:
+        # Plain numbers, which JSON can hold, in the place of NumPy's.
+        numbers = {"exact_below": 0, "seed": 0} | ({} if self.rank is None else {"rank": 1})
+        for name, least in numbers.items():
+            object.__setattr__(self, name, whole_number(getattr(self, name), name, least))
+        tolerance = real_number(self.tolerance)
+        if not 0 <= tolerance < 1:
             raise ValueError(
                 f"tolerance: expected a number from 0 to below 1, got {self.tolerance!r}"
             )
+        object.__setattr__(self, "tolerance", tolerance)
 
 
 def extract(

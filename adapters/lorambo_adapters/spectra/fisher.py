@@ -133,10 +133,11 @@ class FisherLoss:
         if self._loss_fn is None:
             mean, _, counted = _labelled_logits(model, batch)
             number = int(counted.sum())
-            return _checked(mean * number), number
+            return _checked(_wide(mean) * number), number
         loss = self._loss_fn(model, batch)
         if not isinstance(loss, torch.Tensor):
             raise ValueError(f"loss_fn: expected a tensor, got {type(loss).__name__}")
+        loss = _wide(loss)  # a sum of many terms leaves the range of float16
         number = self._terms(batch) if callable(self._terms) else self._terms
         if number is not None:
             number = whole_number(number, "terms", 1)
@@ -148,6 +149,18 @@ class FisherLoss:
                 "one each, got a scalar; if it is their mean, say of how many it is by terms="
             )
         return _checked(loss * number), number
+
+    def check_terms(self, model: torch.nn.Module, batch: Any) -> None:
+        """Refuse a loss and a `predict` that count terms in two ways: B would be of another unit.
+
+        Raises:
+            ValueError: the batch has not the same number of terms both ways.
+        """
+        if self._loss_fn is None or self._predict is None:
+            return
+        with torch.no_grad():
+            drawn, labelled = self.moments(model, batch)[0], self.total(model, batch)[1]
+        same_number(drawn, labelled)
 
     def moments(
         self, model: torch.nn.Module, batch: Any
@@ -186,11 +199,25 @@ class FisherLoss:
         return number, _cotangents(outputs, counted.reshape(outputs.shape[:-1]), self._true)
 
 
+def same_number(drawn: int, labelled: int) -> None:
+    """Refuse terms of the Fisher and of the loss that are not the same.
+
+    Raises:
+        ValueError: they differ in number.
+    """
+    if drawn != labelled:
+        raise ValueError(
+            f"fisher: expected predict to count the terms of the loss, {labelled} in this batch, "
+            f"got {drawn}: the curvature would be of another mean than the gradient; give one loss "
+            "a term (the error of all outputs of a regression is one), or say terms="
+        )
+
+
 def _cotangents(
     outputs: torch.Tensor, counted: torch.Tensor, fisher: TrueFisher
 ) -> Iterator[tuple[torch.Tensor, bool]]:
     """<v, outputs> for vectors v whose outer products sum to the Hessian of the terms."""
-    wide = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
+    wide = _wide(outputs)
     fixed = wide.detach()
     categorical = fisher.likelihood == "categorical"
     p = torch.softmax(fixed, -1) if categorical else fixed
@@ -233,6 +260,8 @@ def _labelled_logits(
         raise ValueError("batch: without loss_fn, expected a mapping with labels, got none")
     outputs: Any = model(**batch)
     loss, logits, labels = outputs.loss, outputs.logits, batch["labels"]
+    if not labels.is_floating_point() and bool((labels == _IGNORED).all()):
+        raise ValueError("batch: expected at least one label that is not -100, got none")
     own = float(loss.detach())
     found: list[tuple[float, torch.Tensor, torch.Tensor]] = []
     pairs = [(logits, labels)]
@@ -252,7 +281,27 @@ def _labelled_logits(
             "expected model(**batch).loss to be the mean cross entropy of its logits and the "
             "labels, got another loss; pass a loss_fn (and terms)"
         )
+    if len(found) == 2 and max(each[0] for each in found) <= _AGREEMENT * max(1.0, abs(own)):
+        # The values do not tell: a head of zeros gives log V for any label.
+        _, predicted, counted = found[_is_shifted(loss, logits, found[0][2], found[1][2])]
     return loss, predicted, counted
+
+
+def _is_shifted(
+    loss: torch.Tensor, logits: torch.Tensor, here: torch.Tensor, following: torch.Tensor
+) -> bool:
+    """Whether no label is compared with the logits at its own place, by the loss's gradient."""
+    if not loss.requires_grad:
+        return True  # no pass backwards follows
+    (slope,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    # The last of some labelled tokens is followed by none, so there is such a place.
+    own = here & ~torch.nn.functional.pad(following, (0, 1))
+    return slope is None or not bool(slope[own.to(slope.device)].any())
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32, if its precision is half of that."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _checked(loss: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,8 @@ G = g^T x (rows are tokens) where the backward pass has them, so that nobody has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -19,6 +20,8 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lorambo_adapters.layers import TargetLayer
+from lorambo_adapters.spectra.expert_products import Product
+from lorambo_adapters.spectra.experts import listening
 from lorambo_adapters.spectra.inputs import (
     DenseInputs,
     Inputs,
@@ -37,12 +40,6 @@ class _Hooks:
     def __init__(self, layers: Iterable[TargetLayer]) -> None:
         self.layers = list(layers)
         for layer in self.layers:
-            if layer.kind == "expert":
-                raise ValueError(
-                    f"layer {layer.name!r}: expected a module of its own, got a bare parameter "
-                    "(such as an expert in a 3-D tensor), whose input no hook sees; leave it out "
-                    "of the targets"
-                )
             groups = getattr(layer.module, "groups", 1) if layer.kind == "conv2d" else 1
             if groups > 1:
                 raise ValueError(
@@ -50,6 +47,8 @@ class _Hooks:
                     "among which PEFT splits the ranks; leave it out of the targets"
                 )
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._listening = contextlib.ExitStack()
+        self._active = False
         self._rows: dict[str | None, torch.Tensor | None] = {}
         self._sizes: dict[str | None, int] = {}
         self._last: tuple[Any, torch.Tensor, DenseInputs] | None = None
@@ -57,10 +56,14 @@ class _Hooks:
         self.finished: set[str] = set()
 
     def __enter__(self):
+        experts = [layer for layer in self.layers if layer.kind == "expert"]
+        self._listening.enter_context(listening(experts, self._product, self._masked))
         for layer in self.layers:
-            self._handles.append(
-                layer.module.register_forward_hook(self._forward(layer), with_kwargs=True)
-            )
+            if layer.kind != "expert":
+                self._handles.append(
+                    layer.module.register_forward_hook(self._forward(layer), with_kwargs=True)
+                )
+        self._active = True
         return self
 
     def __exit__(
@@ -72,6 +75,8 @@ class _Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._listening.close()
+        self._active = False
         self._last = None
 
     def begin(self, mask: Mask = None) -> None:
@@ -81,6 +86,7 @@ class _Hooks:
             mask: nonzero where a token counts, of the shape of a layer's input without its last
                 dimension (or flattened). A layer whose input has another number of rows, such as
                 a pooler's, is not masked. A mapping gives a mask a layer, and none to the others.
+                An expert's tokens are the rows of its module's input, wherever they were sent.
         """
         self._last = None
         self._rows, self._sizes = {}, {}
@@ -97,6 +103,44 @@ class _Hooks:
 
     def _forward(self, layer: TargetLayer) -> Callable[..., Any]:
         raise NotImplementedError  # what to do with an input is each subclass's own
+
+    def _product(self, product: Product, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError  # as is what to do with an expert's
+
+    def _masked(self) -> bool:
+        """Whether a mask leaves any token out."""
+        return any(rows is not None for rows in self._rows.values())
+
+    def _parts(
+        self, product: Product, x: torch.Tensor
+    ) -> Iterator[tuple[TargetLayer, slice | torch.Tensor]]:
+        """The layers that got tokens which the mask keeps, and which rows of `x` these are."""
+        for layer, index in product.groups(x):
+            name = layer.name if layer.name in self._sizes else None
+            size = self._sizes.get(name)
+            kept = None if size is None else self._kept(layer, size, x.device)
+            if kept is None or size is None:
+                yield layer, index
+                continue
+            rows = torch.arange(len(x), device=x.device)[index]
+            tokens = None
+            if size == product.inputs and product.tokens is not None:
+                tokens = product.tokens[rows]
+            elif product.every and size == product.each:
+                tokens = rows % size
+            elif product.inputs % size or (layer.expert is None and size != product.inputs):
+                yield layer, index
+                continue
+            if tokens is None:
+                raise ValueError(
+                    f"layer {layer.name!r}: expected calls through which each row's token can be "
+                    "followed, because a mask leaves tokens out, got others in or before "
+                    f"{type(layer.module).__name__}; pass batches without padding, or no mask for "
+                    "this layer, to count all tokens"
+                )
+            rows = rows[torch.isin(tokens, kept)]
+            if len(rows):
+                yield layer, rows
 
     def _kept(self, layer: TargetLayer, tokens: int, device: torch.device) -> torch.Tensor | None:
         """The rows of a layer's input that the mask keeps, or None where it keeps them all."""
@@ -131,14 +175,16 @@ class _Hooks:
 class InputHooks(_Hooks):
     """Calls `receive(layer, inputs)` at every forward call of a layer.
 
+    An expert of a 3-D parameter is called where it is multiplied by tokens (`experts.listening`),
+    and its inputs are the tokens that the router sent there; one without tokens isn't called.
+
     Args:
         layers: where to listen.
         receive: gets the layer and its input, a `DenseInputs` or, for an embedding table, a
             `TokenInputs`, without the tokens that the mask leaves out.
 
     Raises:
-        ValueError: a layer is a bare parameter (an expert of a 3-D tensor) or a convolution with
-            groups, or has no tensor as its input.
+        ValueError: as `GradientHooks`.
     """
 
     def __init__(
@@ -158,6 +204,15 @@ class InputHooks(_Hooks):
 
         return hook
 
+    def _product(self, product: Product, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            matrix = product.rows(x.detach())
+            for layer, index in self._parts(product, matrix):
+                self.called.add(layer.name)
+                inputs = self._inputs(layer, matrix[index], None, sum_dtype(x.dtype))
+                self._receive(layer, inputs)
+        return output
+
 
 class GradientHooks(_Hooks):
     """Calls `receive(layer, inputs, g)` when the backward pass reaches a layer.
@@ -166,6 +221,7 @@ class GradientHooks(_Hooks):
     hook makes it so. The input is kept for the backward pass through autograd's own saved tensors,
     as training a LoRA keeps it, so gradient checkpointing (of both kinds) drops and recomputes it,
     and each call counts once. A layer called several times in one pass is received several times.
+    Experts of 3-D parameters are received as by `InputHooks`.
 
     Args:
         layers: where to listen.
@@ -178,8 +234,9 @@ class GradientHooks(_Hooks):
             it piece by piece to `inputs.dtype`.
 
     Raises:
-        ValueError: a layer is a bare parameter (an expert of a 3-D tensor) or a convolution with
-            groups, or has no tensor as its input.
+        ValueError: a layer is a convolution with groups, or has no tensor as its input; or, in the
+            model's forward, an expert is used in a way that is not understood, or calls in which
+            its module's rows cannot be followed where a mask leaves tokens out.
 
     Example:
         >>> import torch
@@ -228,21 +285,48 @@ class GradientHooks(_Hooks):
                     f"{type(output).__name__}"
                 )
             x = _first_tensor(layer, args, kwargs).detach()
-            # Any input that requires a gradient makes autograd call the tap.
-            anchor = self._anchors.get(output.device)
-            if anchor is None:
-                anchor = torch.zeros((), device=output.device, requires_grad=True)
-                self._anchors[output.device] = anchor
-            return _Tap.apply(output, x, anchor, layer, self._deliver)
+            return _Tap.apply(output, x, self._anchor(output.device), layer, self._deliver)
 
         return hook
 
+    def _anchor(self, device: torch.device) -> torch.Tensor:
+        """An input that requires a gradient, so that autograd calls the tap."""
+        anchor = self._anchors.get(device)
+        if anchor is None:
+            anchor = self._anchors[device] = torch.zeros((), device=device, requires_grad=True)
+        return anchor
+
+    def _product(self, product: Product, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        layers = product.experts.values()
+        if product.hidden:
+            name = next(iter(layers)).name
+            raise ValueError(
+                f"layer {name!r}: expected its products where gradients are on, got one inside a "
+                "function that computes its own gradient (or no_grad); leave it out of the targets"
+            )
+        if not torch.is_grad_enabled() or all(layer.name in self.finished for layer in layers):
+            return output
+        anchor = self._anchor(output.device)
+        return _Tap.apply(output, x.detach(), anchor, product, self._deliver_product)
+
+    def _deliver_product(self, product: Product, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        if not self._active:
+            return
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            dtype = sum_dtype(gradient.dtype)
+            matrix, g = product.rows(x), product.rows(gradient)
+            for layer, index in self._parts(product, matrix):
+                if layer.name not in self.finished:
+                    part = g[index].to(dtype) if self._convert else g[index]
+                    self._receive(layer, self._inputs(layer, matrix[index], None, dtype), part)
+
     def _deliver(self, layer: TargetLayer, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        if not self._handles:
+        if not self._active:
             return
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             dtype = sum_dtype(gradient.dtype)
             if layer.kind == "conv2d":
+                gradient = gradient if gradient.ndim == 4 else gradient[None]
                 g = gradient.flatten(2).transpose(1, 2).reshape(-1, gradient.shape[1])
                 rows = None
             else:
@@ -265,9 +349,9 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Any, x: Any, anchor: Any, layer: Any, deliver: Any) -> Any:
+    def forward(ctx: Any, output: Any, x: Any, anchor: Any, where: Any, deliver: Any) -> Any:
         ctx.save_for_backward(x)
-        ctx.layer, ctx.deliver = layer, deliver
+        ctx.where, ctx.deliver = where, deliver
         ctx.mark_dirty(output)
         return output
 
@@ -275,7 +359,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
-        ctx.deliver(ctx.layer, x, gradient)
+        ctx.deliver(ctx.where, x, gradient)
         return gradient if ctx.needs_input_grad[0] else None, None, None, None, None
 
 

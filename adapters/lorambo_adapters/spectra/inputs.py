@@ -25,7 +25,7 @@ class DenseInputs:
     def __init__(self, matrix: torch.Tensor, dtype: torch.dtype | None = None) -> None:
         self._matrix = matrix
         self.dtype = matrix.dtype if dtype is None else dtype
-        self._known: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+        self._known: tuple[torch.Tensor, torch.dtype | None, list[torch.Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self._matrix)
@@ -35,20 +35,29 @@ class DenseInputs:
         """Tokens x k in the precision of the sums; converted at each use where it has another."""
         return self._matrix.to(self.dtype)
 
-    def pieces(self, gradient: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Consecutive rows of input and gradient that fit into a processor's cache, converted."""
+    def pieces(
+        self, gradient: torch.Tensor, low: bool = False
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Consecutive rows of input and gradient that fit into a processor's cache, converted.
+
+        Args:
+            gradient: tokens x d.
+            low: where both are bfloat16, give all rows at once as they are.
+        """
+        if low and self._matrix.dtype == gradient.dtype == torch.bfloat16:
+            return iter([(self._matrix, gradient)])
         rows = _piece(self._matrix)
         pairs = zip(self._matrix.split(rows), gradient.split(rows), strict=True)
         return ((x.to(self.dtype), g.to(self.dtype)) for x, g in pairs)
 
-    def products(self, test: torch.Tensor) -> list[torch.Tensor]:
+    def products(self, test: torch.Tensor, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
         """Where the products of the pieces with a test matrix are kept, for layers that share X.
 
-        Empty for another test matrix than the last one.
+        Empty for another test matrix, or pieces of another precision, than the last ones.
         """
-        if self._known is None or self._known[0] is not test:
-            self._known = test, []
-        return self._known[1]
+        if self._known is None or self._known[0] is not test or self._known[1] != dtype:
+            self._known = test, dtype, []
+        return self._known[2]
 
     def times(self, test: torch.Tensor) -> torch.Tensor:
         """X @ test."""
@@ -74,11 +83,14 @@ class TokenInputs:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def pieces(self, gradient: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """All indices, and the gradient, converted."""
-        yield self.ids, gradient.to(self.dtype)
+    def pieces(
+        self, gradient: torch.Tensor, low: bool = False
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All indices, and the gradient, converted if it is not bfloat16 or `low` is false."""
+        kept = low and gradient.dtype == torch.bfloat16
+        yield self.ids, gradient if kept else gradient.to(self.dtype)
 
-    def products(self, test: torch.Tensor) -> list[torch.Tensor]:
+    def products(self, test: torch.Tensor, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
         """Nowhere: choosing rows takes no time."""
         return []
 
@@ -92,16 +104,25 @@ class TokenInputs:
 
 
 def product(x: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
-    """X @ test, for inputs or for indices."""
-    return x @ test if x.is_floating_point() else test[x]
+    """X @ test in the precision of X, for inputs; the rows of `test`, for indices."""
+    return x @ test.to(x.dtype) if x.is_floating_point() else test[x]
 
 
 def add_product(out: torch.Tensor, left: torch.Tensor, x: torch.Tensor, scale: float) -> None:
-    """Add scale * left^T X to `out`, for inputs or for indices."""
-    if x.is_floating_point():
-        out.addmm_(left.T, x, alpha=scale)
+    """Add scale * left^T X to `out`, for inputs or for indices; in the precision of the inputs."""
+    if not x.is_floating_point():
+        out.index_add_(1, x, left.T.to(out.dtype), alpha=scale)
+    elif x.dtype == out.dtype:
+        out.addmm_(left.T.to(x.dtype), x, alpha=scale)
+    elif x.device.type == "cuda" and _WIDE_SUMS:
+        out.add_(torch.mm(left.T, x, out_dtype=out.dtype), alpha=scale)
     else:
-        out.index_add_(1, x, left.T, alpha=scale)
+        # oneDNN is slower with a transposed matrix than copying it takes.
+        out.add_(left.T.contiguous() @ x, alpha=scale)
+
+
+# Whether CUDA hands over the sums of a product in the precision in which it adds (torch 2.8).
+_WIDE_SUMS = torch.version.hip is None and "dtype" in torch.ops.aten.mm.overloads()
 
 
 Inputs: TypeAlias = DenseInputs | TokenInputs
@@ -110,6 +131,14 @@ Inputs: TypeAlias = DenseInputs | TokenInputs
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision in which sums over tokens are kept: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def may_round(dtype: torch.dtype) -> bool:
+    """Whether products with the tokens of a layer with such weights may be bfloat16's.
+
+    Of bfloat16 and quantised weights they may; float16's have a finer precision.
+    """
+    return dtype not in (torch.float16, torch.float32, torch.float64)
 
 
 def patches(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -130,4 +159,6 @@ def _piece(matrix: torch.Tensor) -> int:
     """Rows that are worked on at once."""
     # Each side of the product is read twice, for its own test matrix and for the other side's; few
     # rows at a time, the second time comes from the processor's cache.
-    return 128 if matrix.device.type == "cpu" else 8192
+    if matrix.device.type != "cpu":
+        return 8192
+    return max(64, min(256, (1 << 16) // max(matrix.shape[1], 1)))

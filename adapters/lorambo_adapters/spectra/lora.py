@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 
 try:
@@ -111,7 +112,7 @@ def lora_spectra(
         >>> spectra["q"].round(6), spectra.shapes
         (array([3., 3.]), {'q': (4, 5)})
     """
-    if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+    if alpha is not None and not (isinstance(alpha, Real) and math.isfinite(alpha)):
         raise ValueError(f"alpha: expected a finite number, got {alpha!r}")
     adapters = [adapter] if isinstance(adapter, str) else adapter
     if adapters is not None and (not adapters or len(set(adapters)) < len(adapters)):

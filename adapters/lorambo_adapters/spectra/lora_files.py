@@ -20,7 +20,14 @@ except ModuleNotFoundError as missing:
 
 from lorambo_adapters.spectra.low_rank import LowRankUpdate, refuse
 from lorambo_adapters.spectra.peft_config import DORA, PeftConfig, by_component
-from lorambo_adapters.spectra.tensor_files import TensorFiles, TensorInfo, tensor_info
+from lorambo_adapters.spectra.tensor_files import (
+    TensorFiles,
+    TensorInfo,
+    natural,
+    tensor_info,
+    tensors_in,
+    whole,
+)
 
 State = Mapping[str, torch.Tensor]
 
@@ -72,9 +79,9 @@ class LoraFile:
         self._infos: Mapping[str, TensorInfo]
         if isinstance(lora, Mapping):
             self.label = "the state dict"
-            tensors = {k: v for k, v in lora.items() if isinstance(v, torch.Tensor)}
+            tensors = tensors_in(lora)
             self._infos = {key: tensor_info(tensor) for key, tensor in tensors.items()}
-            self._read = lambda key: tensors[key].detach()
+            self._read = lambda key: whole(tensors[key])
         else:
             path = _weights_of(lora) if lora.is_dir() else lora
             files = TensorFiles(path)
@@ -142,7 +149,8 @@ class LoraFile:
             if partner not in keys:
                 alone = keys.get(part, next(iter(keys.values())))
                 raise ValueError(f"{alone!r} has no partner {partner}")
-        packed = [key for key in keys.values() if not self._infos[key].is_float]
+        factors = [key for part, key in keys.items() if part in ("A", "B", "middle")]
+        packed = [key for key in factors if not self._infos[key].is_float]
         if packed:
             raise ValueError(
                 f"{packed[0]!r}: expected floating-point numbers of 16 bits or more, got "
@@ -221,7 +229,7 @@ class LoraFile:
 
     def _alpha(self, key: str) -> float:
         tensor = self._read(key)
-        value = float(tensor) if tensor.numel() == 1 else math.nan
+        value = float(tensor) if tensor.numel() == 1 and not tensor.is_meta else math.nan
         if not math.isfinite(value) or value == 0:  # programs read 0 in different ways
             raise ValueError(f"{key!r}: expected one number that is finite and not 0, got {tensor}")
         return value
@@ -292,8 +300,3 @@ def _metadata(path: Path) -> dict[str, PeftConfig]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: expected JSON in its metadata {_METADATA!r}") from error
     return by_component(entries, f"{path}: {_METADATA}")
-
-
-def natural(key: str) -> list[tuple[int, str]]:
-    """A sorting key that takes runs of digits by their number."""
-    return [(int(part) if i % 2 else 0, part) for i, part in enumerate(re.split(r"([0-9]+)", key))]

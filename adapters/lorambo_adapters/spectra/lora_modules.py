@@ -13,7 +13,7 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
-from lorambo_adapters.layers import floating_point
+from lorambo_adapters.layers import experts_transposed, floating_point
 from lorambo_adapters.spectra.low_rank import LowRankUpdate, refuse
 from lorambo_adapters.spectra.peft_config import DORA, changed_base
 from lorambo_adapters.targets import unwrap
@@ -135,6 +135,10 @@ def _of_module(name: str, module: Any, adapter: str) -> Iterator[LowRankUpdate]:
     parameter = getattr(module, "parameter_name", None)
     full = name if parameter is None else f"{name}.{parameter}"
     stacked = parameter is not None and module.get_param().ndim == 3
+    # Of experts that are kept as k x d without saying so (Llama 4), PEFT takes d for k.
+    base = module.get_base_layer()
+    turned = stacked and experts_transposed(base) and not getattr(base, "is_transposed", False)
+    shape = (shape[1], shape[0]) if turned else shape
     for expert in range(experts):
         which = f"{full}.{expert}" if stacked else full
 
@@ -142,6 +146,7 @@ def _of_module(name: str, module: Any, adapter: str) -> Iterator[LowRankUpdate]:
             # An expert's rows of A lie together, its columns of B `experts` apart.
             rows = slice(expert * rank, (expert + 1) * rank)
             b = floating_point(which, left.detach()).flatten(1)[:, expert::experts]
-            return b, floating_point(which, right.detach()).flatten(1)[rows]
+            a = floating_point(which, right.detach()).flatten(1)[rows]
+            return (a.T, b.T) if turned else (b, a)
 
         yield LowRankUpdate(which, shape, rank, scale, read)

@@ -132,8 +132,8 @@ def product_values(
         min(d, r, k) values in float64, descending. Values that are rounding are not set to zero.
 
     Raises:
-        ValueError: a factor is not finite, or a curvature factor is not finite or not positive
-            semidefinite (in the factors' span).
+        ValueError: a factor or the product is not finite, or a curvature factor is not finite or
+            not positive semidefinite (in the factors' span).
     """
     for name, factor in (("B", left), ("A", right)):
         if not bool(torch.isfinite(factor).all()):
@@ -141,7 +141,10 @@ def product_values(
     on_right, on_left = curvature
     core_left = _weighted(left.to(torch.float64), on_left, "B")
     core_right = _weighted(right.to(torch.float64).T, on_right, "A")
-    return torch.linalg.svdvals(core_left @ core_right.T)
+    core = core_left @ core_right.T
+    if not bool(torch.isfinite(core).all()):
+        raise ValueError("expected a product within the range of doubles, got an overflow")
+    return torch.linalg.svdvals(core)
 
 
 def refuse(problems: Sequence[str], what: str = "") -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lorambo_adapters.outputs import check_output
 from lorambo_adapters.spectra.decompose import Decomposition
 from lorambo_alloc import storage
 
@@ -36,18 +37,16 @@ class PartialResults:
         worker: the place of the worker whose file this is.
 
     Raises:
-        OSError: the output's folder does not exist or cannot be written to, or the output is a
-            folder: found out now, and not after hours of work.
+        OSError: the output cannot be written (`check_output`): found out now, and not after hours
+            of work.
+        ValueError: it would take the place of a model's file.
     """
 
     def __init__(
         self, output: str | os.PathLike[str], key: Mapping[str, Any], worker: int = 0
     ) -> None:
+        check_output(output)
         output = Path(output)
-        if output.is_dir():
-            raise IsADirectoryError(21, "Is a directory", str(output))
-        if not output.parent.is_dir():
-            raise FileNotFoundError(2, "No such file or directory", str(output))
         self._first = output.with_name(output.name + ".partial")
         self._worker = worker
         self.path = self._first.with_name(f"{self._first.name}.{worker}") if worker else self._first

@@ -53,7 +53,8 @@ class PeftConfig:
         """A configuration that has what is needed, if it is a LoRA's.
 
         Raises:
-            ValueError: it lacks a rank or an alpha, or they are not positive whole or real numbers.
+            ValueError: it lacks a rank or an alpha, or they are not positive whole or real numbers;
+                or its targets are no names.
         """
         if not isinstance(entries, Mapping):
             raise ValueError(f"{label}: expected a mapping, got {type(entries).__name__}")
@@ -65,6 +66,10 @@ class PeftConfig:
             alphas = [entries.get("lora_alpha"), *config._pattern("alpha_pattern").values()]
             if any(type(a) not in (int, float) or not math.isfinite(a) for a in alphas):
                 raise ValueError(f"{label}: expected numbers for lora_alpha, got {alphas}")
+            for key in ("target_modules", "target_parameters"):
+                name_matcher(entries.get(key), f"{label}: {key}")
+            if isinstance(entries.get("target_parameters"), str):
+                raise ValueError(f"{label}: target_parameters: expected a list, got a string")
         return config
 
     def rank(self, name: str) -> int:

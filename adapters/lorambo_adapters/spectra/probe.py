@@ -15,9 +15,11 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
-from lorambo_adapters.layers import TargetLayer, find_layers
+from lorambo_adapters.layers import LayerTargets, TargetLayer, find_layers
 from lorambo_adapters.progress import progress_bar
 from lorambo_adapters.spectra.batches import frozen, same_random_numbers, warn_unreached
+from lorambo_adapters.spectra.expert_products import Product
+from lorambo_adapters.spectra.experts import listening
 from lorambo_adapters.spectra.hooks import GradientHooks
 from lorambo_adapters.spectra.inputs import sum_dtype
 from lorambo_adapters.spectra.low_rank import (
@@ -43,7 +45,7 @@ def probe_spectra(
     rank: int = 8,
     steps: int = 50,
     *,
-    targets: str | Sequence[str] = "all-linear",
+    targets: LayerTargets = "all-linear",
     learning_rate: float = 5e-4,
     alpha: float | None = None,
     accumulate: int = 1,
@@ -56,7 +58,8 @@ def probe_spectra(
     """Train a LoRA of one rank in every layer for a few steps, and read the spectrum of each.
 
     Beside each target layer a plain LoRA computes s B A x, with s = alpha / rank, A uniform in
-    +-1 / sqrt(k) and B zero at the start (of an embedding, A zero and B normal), as in PEFT. All
+    +-1 / sqrt(k) and B zero at the start (of an embedding, A zero and B normal), as in PEFT. An
+    expert of a 3-D parameter has factors of its own, beside its product (`experts.listening`). All
     are trained by AdamW at a constant rate; then the spectra of s B A are computed as by
     `lora_spectra`. The model's weights are frozen meanwhile. PEFT isn't needed.
 
@@ -86,7 +89,8 @@ def probe_spectra(
             iterator that can be used only once is kept as a list for that.
         rank: of every LoRA, >= 1.
         steps: of the optimizer, >= 1.
-        targets: which layers, as PEFT's `target_modules`.
+        targets: which layers, as PEFT's `target_modules`, or as `find_layers` has found them (by
+            `target_parameters`, for one).
         learning_rate: of AdamW. None suits every model: take that of the run to come.
         alpha: the scale s = alpha / rank; by default the rank, so that s = 1.
         accumulate: batches whose mean gradient makes a step.
@@ -104,11 +108,12 @@ def probe_spectra(
 
     Raises:
         ValueError: there is no batch, a loss is not a finite scalar or depends on no target layer,
-            a target is a bare parameter (an expert of a 3-D tensor) or a convolution with groups,
-            `curvature` does not fit, or an argument is out of range.
+            a target is a convolution with groups or an expert that is used in a way that is not
+            understood, `curvature` does not fit, or an argument is out of range.
 
     Warns:
-        UserWarning: no gradient reached some layers, whose spectra are therefore zero.
+        UserWarning: no gradient reached some layers (experts without tokens among them), whose
+            spectra are therefore zero.
 
     References:
         Hu et al.: LoRA. ICLR 2022. PEFT 0.21.2, `tuners/lora/layer.py`, for the start.
@@ -143,9 +148,7 @@ def probe_spectra(
         factors = [factor for branch in branches for factor in (branch.a, branch.b)]
         optimizer = torch.optim.AdamW(factors, lr=learning_rate, weight_decay=weight_decay)
         losses = _train(model, loss_fn, batches, branches, optimizer, steps, accumulate, progress)
-    reached = [branch.a in optimizer.state or branch.b in optimizer.state for branch in branches]
-    unreached = [layer.name for layer, was in zip(layers, reached, strict=True) if not was]
-    warn_unreached(unreached, "gradient")
+    warn_unreached([branch.layer.name for branch in branches if not branch.reached], "gradient")
     each = f", {accumulate} batches each" if accumulate > 1 else ""
     method = (
         f"LoRA of rank {rank} with scale {scale:g} after {steps} steps of AdamW{each} at rate "
@@ -165,24 +168,18 @@ class _Branch:
 
     def __init__(self, layer: TargetLayer, rank: int, scale: float) -> None:
         module: Any = layer.module
-        if layer.kind == "expert":
-            raise ValueError(
-                f"layer {layer.name!r}: expected a module of its own, got a bare parameter (such "
-                "as an expert in a 3-D tensor), which no hook can adapt; leave it out of the "
-                "targets"
-            )
         if layer.kind == "conv2d" and module.groups > 1:
             raise ValueError(
                 f"layer {layer.name!r}: expected a convolution without groups, got "
                 f"{module.groups}; leave it out of the targets"
             )
-        weight = module.weight
+        weight = getattr(module, layer.parameter)
         if weight.is_meta:
             raise ValueError(
                 f"layer {layer.name!r}: expected a weight with data, got a meta tensor"
             )
         d, k = layer.shape
-        self.layer, self.scale = layer, scale
+        self.layer, self.scale, self.reached = layer, scale, False
         like = {"device": weight.device, "dtype": sum_dtype(weight.dtype)}
         if layer.kind == "embedding":
             self.a = torch.zeros(rank, k, **like, requires_grad=True)
@@ -211,6 +208,12 @@ class _Branch:
                 f"{type(x).__name__} and {type(output).__name__}"
             )
         return (output + self._of(module, x) * self.scale).to(output.dtype)
+
+    def of_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """The branch's output s B A x, for tokens in rows."""
+        functional = torch.nn.functional
+        inner = functional.linear(x.to(self.a.dtype), self.a)
+        return functional.linear(inner, self.b) * self.scale
 
     def _of(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         functional = torch.nn.functional
@@ -253,6 +256,7 @@ def _train(
                     loss = loss_fn(model, next(stream))
                     total += _checked(loss, step) / accumulate
                     (loss / accumulate).backward()
+                _fill(branches)
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(total)
@@ -260,10 +264,43 @@ def _train(
     return losses
 
 
+def _fill(branches: Sequence[_Branch]) -> None:
+    """Note which branches have a gradient, and give a zero one to experts that have none."""
+    parameters: set[tuple[int, str]] = set()
+    for branch in branches:
+        if branch.a.grad is not None or branch.b.grad is not None:
+            branch.reached = True
+            parameters.add((id(branch.layer.module), branch.layer.parameter))
+    for branch in branches:
+        layer = branch.layer
+        if layer.kind == "expert" and (id(layer.module), layer.parameter) in parameters:
+            # To PEFT they are parts of one tensor, which AdamW moves on by its mean gradient.
+            for factor in (branch.a, branch.b):
+                factor.grad = torch.zeros_like(factor) if factor.grad is None else factor.grad
+
+
 @contextlib.contextmanager
 def _attached(branches: Sequence[_Branch]) -> Generator[None]:
+    experts = {branch.layer.name: branch for branch in branches if branch.layer.kind == "expert"}
+
+    def add(product: Product, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        matrix = product.rows(x)
+        places, added = [], []
+        for layer, index in product.groups(matrix):
+            places.append(torch.arange(len(matrix), device=x.device)[index])
+            added.append(experts[layer.name].of_rows(matrix[index]))
+        if not added:
+            return output
+        parts = torch.cat(added)
+        whole = parts.new_zeros(len(matrix), parts.shape[1])
+        whole = whole.index_add(0, torch.cat(places), parts)
+        return (output + product.like_output(whole)).to(output.dtype)
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(listening([branch.layer for branch in experts.values()], add))
         for branch in branches:
+            if branch.layer.kind == "expert":
+                continue
             handle = branch.layer.module.register_forward_hook(branch.hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,25 +17,26 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
-from lorambo_adapters.layers import TargetLayer, find_layers
+from lorambo_adapters.layers import LayerTargets, TargetLayer, find_layers
 from lorambo_adapters.spectra.batches import warn_unreached
 from lorambo_adapters.spectra.distributed import Workers
+from lorambo_adapters.spectra.gaussians import Gaussians
 from lorambo_adapters.spectra.hooks import GradientHooks, Mask
-from lorambo_adapters.spectra.inputs import Inputs, sum_dtype
+from lorambo_adapters.spectra.inputs import Inputs, may_round, sum_dtype
 from lorambo_adapters.spectra.sketch import (
-    PROBES,
     ExactSum,
-    Gaussians,
     Sketch,
     SubspaceSketch,
+    Triplets,
     TwoSidedSketch,
     Whitening,
-    two_sided_widths,
 )
+from lorambo_adapters.spectra.sketch_sizes import gaussian_columns, is_summed_exactly
 from lorambo_alloc import Spectra
 from lorambo_alloc.costs import whole_number
 
 _VERSION = 1
+_Found = TypeVar("_Found")
 
 
 class GradientSketcher:
@@ -45,18 +46,24 @@ class GradientSketcher:
     to the weight, without forming it. Where d k numbers are no more than the sketch's, G itself is
     summed. Sketches of several batches and of several workers add up (`merge`, `reduce`).
 
+    Sums are float32, or float64 where the weights are. Products are too, but for sketches of layers
+    with bfloat16 weights (or quantised ones), where tokens and gradients that come in bfloat16 are
+    multiplied as they are with test matrices that are rounded to it: faster where hardware has
+    bfloat16, and values are off by 0.1 to 0.3 % more, up or down (`sketch`). Not with a whitening,
+    and never where G itself is summed.
+
     Memory: (d + k) s numbers a layer with one pass and 2 (d + k) s with more (s is the width; plus
     8 vectors in the last of several passes, the bases of the pass before, and with a whitening the
-    test matrices), in float32, or float64 where the weights are; once for all layers, the Gaussian
-    test matrices, at most 5 s / 2 or 2 s + 16 columns of the longest side. Beyond that each layer's
-    input is kept until its backward pass, as training a LoRA keeps it, and one input's product with
-    a test matrix.
+    test matrices); Gaussian test matrices, at most 5 s / 2 or 2 s + 16 columns, of the longest side
+    on the CPU, and for each length of a side that differs, which layers share. Beyond that each
+    layer's input is kept until its backward pass, as training a LoRA keeps it, and one input's
+    product with a test matrix.
 
     Args:
         model: runs the forward passes. No parameter needs `requires_grad`; those that have it
             get their gradients as ever (`gradient_spectra` turns it off meanwhile).
         rank: at most this many values a layer.
-        targets: which layers, as PEFT's `target_modules`.
+        targets: which layers, as PEFT's `target_modules`, or from `find_layers`.
         curvature: layer to (A^-1/2, B^-1/2), symmetric matrices k x k and d x d, or 1-D diagonals,
             or None for the identity: the spectra are those of B^-1/2 G A^-1/2. Test matrices and
             sums are multiplied by them, never the tokens. None: of G.
@@ -86,7 +93,7 @@ class GradientSketcher:
         model: torch.nn.Module,
         *,
         rank: int = 64,
-        targets: str | Sequence[str] = "all-linear",
+        targets: LayerTargets = "all-linear",
         curvature: Mapping[str, Whitening] | None = None,
         width: int | None = None,
         passes: int = 1,
@@ -119,12 +126,13 @@ class GradientSketcher:
         dtype = sum_dtype(weight.dtype)
         if self._exact(layer.shape):
             return ExactSum(layer.shape, whitening, device, dtype)
+        rounded = may_round(weight.dtype)
         if self.passes == 1:
             return TwoSidedSketch(
-                layer.shape, self.width, self._gaussians, whitening, device, dtype
+                layer.shape, self.width, self._gaussians, whitening, device, dtype, rounded
             )
         return SubspaceSketch(
-            layer.shape, self.width, self.passes, self._gaussians, whitening, device, dtype
+            layer.shape, self.width, self.passes, self._gaussians, whitening, device, dtype, rounded
         )
 
     def __enter__(self) -> GradientSketcher:
@@ -173,13 +181,9 @@ class GradientSketcher:
             WorkerLost: another worker has stopped.
         """
         workers.agree("layers, settings and pass of a sketch", json.dumps(self._settings()))
-        reached = [layer.name in self._reached for layer in self.layers]
-        counts = torch.tensor([self.batches, *reached], dtype=torch.float64)
-        workers.sum([counts, *self.accumulators()])
-        self.batches = int(counts[0])
-        self._reached = {
-            layer.name for layer, count in zip(self.layers, counts[1:], strict=True) if count > 0
-        }
+        workers.sum(self.accumulators())
+        self.batches = workers.count_all(self.batches)
+        self._reached = workers.united([layer.name for layer in self.layers], self._reached)
 
     def next_pass(self, workers: Workers | None = None) -> None:
         """Turn this pass's sums into the next one's test matrices.
@@ -288,12 +292,8 @@ class GradientSketcher:
         """
         values: dict[str, np.ndarray] = {}
         unresolved: dict[str, float] = {}
-        for name, sketch in self._sketches.items():
-            self._check_finite(name)
-            try:
-                found, missed = sketch.spectrum(float(max(self.batches, 1)))
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from error
+        for name in self._sketches:
+            found, missed = self._decomposed(name, lambda sketch, count: sketch.spectrum(count))
             values[name] = found[: self.rank]
             unresolved[name] = missed + float(np.square(found[self.rank :]).sum())
         silent = [layer.name for layer in self.layers if layer.name not in self._reached]
@@ -312,6 +312,35 @@ class GradientSketcher:
             unresolved=unresolved,
         )
 
+    def singular_pairs(self) -> dict[str, Triplets]:
+        """Singular vectors and values of the mean gradient, whitened if there is a curvature.
+
+        Of several passes, the values are those of `spectra`; of one, of the approximation that a
+        two-sided sketch gives, larger than the values of `spectra` by the noise that those have
+        taken off.
+
+        Returns:
+            Layer to (P, sigma, Q), d x n, n and k x n, in float64: G is close to
+            P diag(sigma) Q^T, and P and Q have orthonormal columns. n is at most `rank`; what is 0
+            up to the rounding of the sums (2^-8 of the largest value for bfloat16 products) is
+            left out.
+
+        Raises:
+            ValueError: as `spectra`.
+        """
+        found: dict[str, Triplets] = {}
+        for name in self._sketches:
+            left, values, right = self._decomposed(name, lambda sketch, count: sketch.pairs(count))
+            found[name] = left[:, : self.rank], values[: self.rank], right[:, : self.rank]
+        return found
+
+    def _decomposed(self, name: str, decompose: Callable[[Sketch, float], _Found]) -> _Found:
+        self._check_finite(name)
+        try:
+            return decompose(self._sketches[name], float(max(self.batches, 1)))
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+
     def _settings(self) -> dict[str, Any]:
         return {
             "layers": {layer.name: list(layer.shape) for layer in self.layers},
@@ -321,14 +350,15 @@ class GradientSketcher:
             "seed": self.seed,
             "number": self.number,
             "drawn": self._gaussians.fingerprint(),
+            "rounded": [name for name, s in self._sketches.items() if s.rounded],
         }
 
     def _check_settings(self, theirs: Mapping[str, Any], what: str) -> None:
         for name, mine in self._settings().items():
             if theirs.get(name) != mine:
                 label = "pass" if name == "number" else name
-                shown = "the same" if name in ("layers", "drawn") else repr(mine)
-                given = "others" if name in ("layers", "drawn") else repr(theirs.get(name))
+                long = name in ("layers", "drawn", "rounded")
+                shown, given = ("the same", "others") if long else (mine, theirs.get(name))
                 raise ValueError(f"{what}: {label}: expected {shown}, got {given}")
 
     def _check_finite(self, name: str) -> None:
@@ -354,44 +384,6 @@ def _whitening(layer: TargetLayer, curvature: Mapping[str, Whitening] | None) ->
                 f"({size},), got {tuple(factor.shape)}"
             )
     return right, left
-
-
-def is_summed_exactly(shape: tuple[int, int], width: int, passes: int) -> bool:
-    """Whether a layer's gradient takes no more numbers than its sketch would."""
-    return shape[0] * shape[1] <= sum(shape) * (2 * width if passes > 1 else width)
-
-
-def gaussian_columns(width: int, passes: int) -> tuple[int, int]:
-    """How many columns of Gaussian numbers are drawn for the inputs' and the outputs' side."""
-    if passes == 1:
-        columns = two_sided_widths(width)[1]
-        return columns, columns
-    if passes % 2 == 1:
-        return 2 * width + PROBES, 0
-    return 2 * width, PROBES
-
-
-def sketch_numbers(shape: tuple[int, int], width: int, passes: int) -> list[int]:
-    """How many numbers a layer's sketch holds in each pass, without a whitening.
-
-    Those of a gradient that is summed exactly; else, of s = width: the sums of a two-sided sketch;
-    or in each of several passes the 2 s sums, the basis of the pass before where there is one, and
-    in the last pass the sums and test vectors with 8 columns more.
-    """
-    d, k = shape
-    if is_summed_exactly(shape, width, passes):
-        return [d * k] * passes
-    if passes == 1:
-        narrow, wide = two_sided_widths(width)
-        return [max(shape) * narrow + min(shape) * wide]
-    numbers: list[int] = []
-    for number in range(1, passes + 1):
-        tested, summed = (k, d) if number % 2 == 1 else (d, k)
-        held = 2 * width * (summed + (tested if number > 1 else 0))
-        if number == passes:
-            held += (2 * width + PROBES) * tested + PROBES * summed
-        numbers.append(held)
-    return numbers
 
 
 def positive_scale(loss_scale: Any) -> float:

@@ -15,12 +15,15 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
-from lorambo_adapters.layers import TargetLayer, find_layers
+from lorambo_adapters.layers import TargetLayer, find_layers, is_packed
 from lorambo_adapters.spectra.tensor_files import (
     Fingerprint,
     TensorFiles,
     TensorInfo,
+    natural,
     tensor_info,
+    tensors_in,
+    whole,
 )
 from lorambo_adapters.targets import is_all_linear, name_matcher
 
@@ -109,12 +112,17 @@ def stored_layers(
         return StoredLayers(label, {layer.name: _from_module(layer) for layer in found}, None)
     infos: Mapping[str, TensorInfo]
     if isinstance(checkpoint, Mapping):
-        infos = {k: tensor_info(v) for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
+        state = tensors_in(checkpoint)
+        infos = {key: tensor_info(tensor) for key, tensor in state.items()}
         label, order, fingerprint = "the state dict", list(infos), None
-        read = _state_reader(checkpoint)
+        read = _state_reader(state)
+    elif not isinstance(checkpoint, (str, os.PathLike)):
+        raise ValueError(
+            f"expected a path, a module or a state dict, got {type(checkpoint).__name__}"
+        )
     else:
         infos = TensorFiles(checkpoint)
-        label, order, fingerprint = infos.label, sorted(infos, key=_natural), infos.fingerprint()
+        label, order, fingerprint = infos.label, sorted(infos, key=natural), infos.fingerprint()
         read = infos.read
     wanted = _matcher(targets, exclude)
     layers: dict[str, StoredLayer] = {}
@@ -163,7 +171,7 @@ def _from_module(layer: TargetLayer) -> StoredLayer:
     kind = layer.kind
     weight = getattr(layer.module, layer.parameter)
     info = tensor_info(weight)
-    dtype = "quantized" if kind == "quantized" and not info.is_float else info.dtype
+    dtype = "quantized" if kind == "quantized" and is_packed(weight) else info.dtype
     read = (lambda: layer.matrix().T) if stored else layer.matrix
     stored_as = TensorInfo(info.shape, dtype)
     return StoredLayer(layer.name, stored_as, shape, read, _is_dtensor(weight))
@@ -177,9 +185,7 @@ def _state_reader(
     state: Mapping[str, torch.Tensor],
 ) -> Callable[[str, int | None], torch.Tensor]:
     def read(key: str, part: int | None) -> torch.Tensor:
-        tensor = state[key].detach()
-        gather = getattr(tensor, "full_tensor", None)  # a DTensor's
-        tensor = tensor if gather is None else gather()
+        tensor = whole(state[key])
         return tensor if part is None else tensor[part]
 
     return read
@@ -189,8 +195,3 @@ def _reading(
     read: Callable[[str, int | None], torch.Tensor], key: str, part: int | None
 ) -> Callable[[], torch.Tensor]:
     return lambda: read(key, part)
-
-
-def _natural(key: str) -> list[tuple[int, str]]:
-    """Sorts runs of digits by their number."""
-    return [(int(part) if i % 2 else 0, part) for i, part in enumerate(re.split(r"([0-9]+)", key))]

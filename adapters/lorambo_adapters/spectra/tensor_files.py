@@ -35,7 +35,8 @@ class TensorInfo:
     Attributes:
         shape: of the whole tensor.
         dtype: as PyTorch names it ("bfloat16"), or as the file does where it is not one of the four
-            floating-point types of 16 bits or more ("U8", "uint8").
+            floating-point types of 16 bits or more ("U8", "uint8"); of a tensor without data
+            "meta", and of a sparse one its layout ("sparse_coo").
         file: the name of the file that holds it; empty for tensors in memory.
     """
 
@@ -176,6 +177,7 @@ class _Safetensors(_File):
             raise ModuleNotFoundError(
                 f"{path} needs safetensors: pip install 'lorambo-alloc[torch]'", name=missing.name
             ) from missing
+        path.open("rb").close()  # safe_open says of a file that may not be read that it is absent
         try:
             self._file: Any = safe_open(path, framework="pt", device="cpu")
             self._file.__enter__()
@@ -217,7 +219,7 @@ class _Torch(_File):
                 state = state[wrapper]
         if not isinstance(state, Mapping):
             raise ValueError(f"{path}: expected a dictionary of tensors, got {type(state)}")
-        self._state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        self._state = tensors_in(state)
 
     def infos(self) -> Iterator[tuple[str, TensorInfo]]:
         for key, tensor in self._state.items():
@@ -231,9 +233,31 @@ class _Torch(_File):
         self._state = {}
 
 
+def tensors_in(state: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a dictionary by name; a number (a LoRA's alpha) is one of no dimension."""
+    return {
+        key: value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, (torch.Tensor, int, float))
+    }
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor without its graph; a `DTensor` gathered, by all processes at once."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor.detach() if gather is None else gather().detach()
+
+
+def natural(key: str) -> list[tuple[int, str]]:
+    """A sorting key that takes runs of digits by their number."""
+    return [(int(part) if i % 2 else 0, part) for i, part in enumerate(re.split(r"([0-9]+)", key))]
+
+
 def tensor_info(tensor: torch.Tensor, file: str = "") -> TensorInfo:
     """What there is to know of a tensor in memory."""
-    return TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), file)
+    kind: object = tensor.dtype if tensor.layout is torch.strided else tensor.layout
+    dtype = "meta" if tensor.is_meta else str(kind).removeprefix("torch.")
+    return TensorInfo(tuple(tensor.shape), dtype, file)
 
 
 def _opened(path: Path) -> _File:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,9 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lorambo_adapters.layers import TargetLayer, find_layers, floating_point
-from lorambo_adapters.spectra.decompose import decompose
+from lorambo_adapters.progress import progress_bar
+from lorambo_adapters.spectra.decompose import Decomposition, arithmetic, decompose
+from lorambo_adapters.spectra.tensor_files import tensors_in
 from lorambo_adapters.targets import is_all_linear, name_matcher
 
 State = Mapping[str, torch.Tensor]
@@ -38,6 +39,7 @@ def weight_spectra(
     device: torch.device | str | None = None,
     chunk_bytes: int = 1 << 28,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Spectra:
     """Compute the singular values of a model's weights.
 
@@ -52,7 +54,8 @@ def weight_spectra(
 
     Args:
         model: a module, whose layers `find_layers` finds; or what it has found, for targets of
-            other kinds; or a state dict, whose 2-D tensors named `*.weight` count. A state dict
+            other kinds; or a state dict, whose 2-D tensors named `*.weight` count. The weight of a
+            PEFT layer is its base layer's, with what is merged into it. A state dict
             cannot tell a linear layer from an embedding table or an output head, so choose where
             it holds them, and it has the weights of GPT-2's `Conv1D` as k x d.
         targets: PEFT's `target_modules`, see `find_layers`. "all-linear" takes every linear layer
@@ -67,6 +70,7 @@ def weight_spectra(
         chunk_bytes: float64 weights that are copied and decomposed together, at most; a single
             larger matrix still goes through. Matrices of equal shape share a batch.
         seed: of the random test matrices that `decompose` uses for large weights.
+        progress: None shows a bar if stderr is a terminal, False never.
 
     Returns:
         Spectra with the shapes, in the order of the model.
@@ -86,20 +90,33 @@ def weight_spectra(
         ({'0': (2, 4)}, array([2.828427, 0.      ]))
     """
     weights = dict(_weights(model, targets))
+    whole_number(chunk_bytes, "chunk_bytes", 1)
     if layers is not None:
-        pattern = re.compile(layers)
-        weights = {name: w for name, w in weights.items() if pattern.fullmatch(name)}
+        chosen_by_name = name_matcher(layers, "layers")
+        weights = {name: w for name, w in weights.items() if chosen_by_name(name)}
     if not weights:
         chosen = "" if layers is None else f" whose name matches {layers!r}"
         raise ValueError(f"expected at least one linear layer with a 2-D weight{chosen}, got none")
 
+    rank = None if rank is None else whole_number(rank, "rank", 1)
+    values: dict[str, np.ndarray] = {}
+    unresolved = dict.fromkeys(weights, 0.0)
+    work = {name: arithmetic(weight.shape, rank) for name, weight in weights.items()}
+    with progress_bar("spectra", sum(work.values()), progress) as advance:
+        # Chunks for svdvals, which takes matrices of one shape together; else one at a time.
+        at_once = _chunks(weights, chunk_bytes) if rank is None else ([name] for name in weights)
+        for names in at_once:
+            advance(0.0, names[0])
+            if rank is None:
+                stack = torch.stack([_as_float64(name, weights[name], device) for name in names])
+                values.update(zip(names, torch.linalg.svdvals(stack).cpu().numpy(), strict=True))
+            else:
+                found = _decomposed(names[0], weights[names[0]], device, rank, seed)
+                values[names[0]], unresolved[names[0]] = found.values, found.unresolved
+            advance(sum(work[name] for name in names), "")
     if rank is None:
-        values = _all_values(weights, device, chunk_bytes)
-        unresolved = dict.fromkeys(weights, 0.0)
         method = f"singular values of {len(weights)} weights, torch.linalg.svdvals in float64"
     else:
-        rank = whole_number(rank, "rank", 1)
-        values, unresolved = _largest_values(weights, device, rank, seed)
         method = (
             f"at most {rank} largest singular values of {len(weights)} weights, "
             f"lorambo_adapters.spectra.decompose with seed {seed}"
@@ -127,7 +144,7 @@ def _weights(
     if isinstance(model, torch.nn.Module):
         model = find_layers(model, targets)
     if not isinstance(model, Mapping):
-        for layer in model:
+        for layer in model if isinstance(model, Iterable) else [model]:
             if not isinstance(layer, TargetLayer):
                 raise ValueError(
                     "model: expected a torch.nn.Module, a state dict or layers from find_layers, "
@@ -137,9 +154,9 @@ def _weights(
             yield layer.name, _Weight(layer.shape, where, layer.matrix)
         return
     wanted = (lambda name: True) if is_all_linear(targets) else name_matcher(targets, "targets")
-    for key, tensor in model.items():
+    for key, tensor in tensors_in(model).items():
         name = key.removesuffix(".weight")
-        if name != key and tensor.ndim == 2 and wanted(name):
+        if name != key and tensor.ndim == 2 and tensor.numel() and wanted(name):
             shape = int(tensor.shape[0]), int(tensor.shape[1])
             yield name, _Weight(shape, tensor.device, _reader(name, tensor))
 
@@ -148,25 +165,12 @@ def _reader(name: str, tensor: torch.Tensor) -> Callable[[Device], torch.Tensor]
     return lambda device: floating_point(name, tensor.detach()).to(device or tensor.device)
 
 
-def _all_values(
-    weights: Mapping[str, _Weight], device: Device, chunk_bytes: int
-) -> dict[str, np.ndarray]:
-    values: dict[str, np.ndarray] = {}
-    for names in _chunks(weights, chunk_bytes):
-        stack = torch.stack([_as_float64(name, weights[name], device) for name in names])
-        values.update(zip(names, torch.linalg.svdvals(stack).cpu().numpy(), strict=True))
-    return values
-
-
-def _largest_values(
-    weights: Mapping[str, _Weight], device: Device, rank: int, seed: int
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    values: dict[str, np.ndarray] = {}
-    unresolved: dict[str, float] = {}
-    for name, weight in weights.items():
-        found = decompose(_finite(name, weight.read(device)), rank, seed=seed)
-        values[name], unresolved[name] = found.values, found.unresolved
-    return values, unresolved
+def _decomposed(name: str, weight: _Weight, device: Device, rank: int, seed: int) -> Decomposition:
+    matrix = weight.read(device)
+    try:
+        return decompose(matrix, rank, seed=seed)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from error
 
 
 def _chunks(weights: Mapping[str, _Weight], chunk_bytes: int) -> Iterator[list[str]]:
@@ -181,10 +185,7 @@ def _chunks(weights: Mapping[str, _Weight], chunk_bytes: int) -> Iterator[list[s
 
 
 def _as_float64(name: str, weight: _Weight, device: Device) -> torch.Tensor:
-    return _finite(name, weight.read(device)).to(torch.float64)
-
-
-def _finite(name: str, matrix: torch.Tensor) -> torch.Tensor:
+    matrix = weight.read(device).to(torch.float64)
     if not bool(torch.isfinite(matrix).all()):
         raise ValueError(f"layer {name!r}: expected finite weights, got NaN or infinity")
     return matrix

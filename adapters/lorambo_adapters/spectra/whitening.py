@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
+
+from lorambo_alloc.costs import whole_number
 
 try:
     import torch
@@ -23,9 +27,15 @@ class SymmetricFactor:
         values: n eigenvalues; negative ones are rounding, and become 0.
         vectors: n x n, an eigenvector a column; None for a diagonal factor.
         damping: added to each eigenvalue, relative to their mean.
-        rounding: the machine epsilon that the sums were made with. Eigenvalues that with damping
-            are below n x rounding x the largest count as 0, and have the inverse 0: only without
-            damping, or in a factor that is zero.
+        rounding: the machine epsilon that the sums were made with. Without damping, eigenvalues
+            below n x rounding x the largest count as 0 and have the inverse 0. With damping none
+            does, but inverses take them as rounding x the largest at least, lest what the sums
+            cannot resolve be worth much. (A few inputs a thousand times as large as the others,
+            as language models have, put all others below n x rounding: they must not count as 0.)
+
+    Attributes:
+        values, vectors, rounding: as given, the values in float64 and not negative.
+        damping: what is added to each eigenvalue, absolute.
     """
 
     def __init__(
@@ -37,9 +47,8 @@ class SymmetricFactor:
     ) -> None:
         self.values = values.double().clamp(min=0)
         self.vectors = vectors
+        self.rounding = rounding
         self.damping = damping * float(self.values.mean())
-        largest = float(self.values.max()) + self.damping
-        self._tiny = len(self.values) * rounding * largest
 
     @classmethod
     def of(cls, matrix: torch.Tensor, damping: float, rounding: float) -> SymmetricFactor:
@@ -55,13 +64,18 @@ class SymmetricFactor:
         """The factor to a power, in float64: n x n, or the diagonal.
 
         Args:
-            exponent: any; negative ones are of the pseudo-inverse where eigenvalues count as 0.
+            exponent: any; negative ones are of the pseudo-inverse where eigenvalues count as 0
+                (`rounding`).
             damped: whether damping is added to the eigenvalues first.
         """
         values = self.values + self.damping if damped else self.values
         if exponent < 0:
-            kept = values > self._tiny
-            powers = torch.where(kept, torch.where(kept, values, 1.0) ** exponent, 0.0)
+            resolved = self.rounding * float(values.max())
+            if damped and self.damping:
+                powers = values.clamp(min=resolved) ** exponent
+            else:
+                kept = values > len(values) * resolved
+                powers = torch.where(kept, torch.where(kept, values, 1.0) ** exponent, 0.0)
         else:
             powers = values**exponent
         if self.vectors is None:
@@ -126,8 +140,9 @@ class Factors:
 
         Args:
             gradient: G, d x k.
-            rank: r.
+            rank: r, >= 0.
         """
+        rank = whole_number(rank, "rank", 0)
         pair = self.whitening()
         u, sigma, v = torch.linalg.svd(self._both(pair, gradient), full_matrices=False)
         return -self._both(pair, (u[:, :rank] * sigma[:rank]) @ v[:rank])
@@ -191,6 +206,35 @@ class Curvature(Mapping[str, Factors]):
                 sides.append(None if side is None else powers[id(side)])
             pairs[name] = sides[0], sides[1]
         return pairs
+
+    def save(
+        self, path: str | os.PathLike[str], *, dtype: Literal["float64", "float32"] = "float64"
+    ) -> None:
+        """Write the factors to a file, whole or not at all (`curvature_files.save_curvature`).
+
+        Args:
+            path: an older file there is replaced at the end.
+            dtype: "float64" keeps every bit; "float32" takes half the space.
+        """
+        from lorambo_adapters.spectra.curvature_files import save_curvature  # it imports this file
+
+        save_curvature(self, path, dtype=dtype)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Curvature:
+        """Read what `save` wrote (`curvature_files.load_curvature`).
+
+        Args:
+            path: the file.
+            device: where the factors shall lie.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not one of these, newer, or damaged.
+        """
+        from lorambo_adapters.spectra.curvature_files import load_curvature  # it imports this file
+
+        return load_curvature(path, device=device)
 
     def __repr__(self) -> str:
         return f"Curvature({len(self)} layers, {self.source})"
