@@ -1,4 +1,7 @@
-"""The commands of `lorambo`: `allocate`, `info` and `spectra`. Needs typer and rich, no torch."""
+"""The commands of `lorambo`: `allocate`, `info`, `spectra`, `compress` and `extract`.
+
+Needs typer and rich; torch is imported by those that need it, when they run.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorambo_adapters.arguments import budget_from, objective_from
+from lorambo_adapters.rank_commands import add_compress, add_extract
 from lorambo_adapters.refusals import refusing
 from lorambo_adapters.spectra_commands import group
 from lorambo_alloc import Allocation, Problem, Spectra, solve
@@ -26,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(group, name="spectra")
+add_compress(app)
+add_extract(app)
 
 SpectraFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="A spectra file, as Spectra.save writes it.")
