@@ -1,4 +1,7 @@
-"""The commands `allocate`, `info`, `plan` and `spectra`. Needs typer and rich, no torch."""
+"""The commands of `lorambo`: `allocate`, `info`, `plan`, `spectra`, `compress` and `extract`.
+
+Needs typer and rich; torch is imported by those that need it, when they run.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from rich.text import Text
 
 from lorambo_adapters.arguments import budget_from, objective_from
 from lorambo_adapters.plan_command import add_plan
+from lorambo_adapters.rank_commands import add_compress, add_extract
 from lorambo_adapters.refusals import refusing
 from lorambo_adapters.spectra_commands import group
 from lorambo_alloc import Allocation, Problem, Spectra, solve
@@ -28,6 +32,8 @@ app = typer.Typer(
 )
 app.add_typer(group, name="spectra")
 add_plan(app)
+add_compress(app)
+add_extract(app)
 
 SpectraFile = Annotated[
     Path, typer.Argument(metavar="FILE", help="A spectra file, as Spectra.save writes it.")

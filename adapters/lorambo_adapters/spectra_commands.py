@@ -74,7 +74,7 @@ def weights(
                 exclude=None if exclude is None else names_from(exclude),
                 rank=rank_from(rank),
                 seed=seed,
-                device=_device(device),
+                device=device_from(device),
                 output=output,
                 workers=workers,
             )
@@ -108,7 +108,7 @@ def delta(
                 exclude=None if exclude is None else names_from(exclude),
                 rank=rank_from(rank),
                 seed=seed,
-                device=_device(device),
+                device=device_from(device),
                 output=output,
                 workers=workers,
             )
@@ -154,7 +154,12 @@ def rank_from(text: str) -> int | None:
     return int(text)
 
 
-def _device(name: str | None):
+def device_from(name: str | None):
+    """Read a device's name; None stays None.
+
+    Raises:
+        ValueError: there is no such device, or it cannot be used.
+    """
     if name is None:
         return None
     import torch

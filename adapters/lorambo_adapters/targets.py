@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 try:
@@ -14,7 +13,7 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
-Targets = str | Sequence[str] | None
+from lorambo_adapters.names import Targets, name_matcher
 
 _SEQUENCE_CLASSIFICATION_HEADS = ("score", "classifier")
 _DATA_PARALLEL = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
@@ -73,43 +72,6 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 def is_all_linear(targets: Targets) -> bool:
     """Whether this is PEFT's word for every linear layer, in any case of letters."""
     return isinstance(targets, str) and targets.lower() == "all-linear"
-
-
-def name_matcher(targets: Targets, what: str) -> Callable[[str], bool]:
-    """A test of names against a regular expression, or a list of names and suffixes.
-
-    Args:
-        targets: an expression that has to match the whole name; or names, and suffixes that begin
-            after a dot; or None, which matches nothing.
-        what: what to call `targets` in an error.
-
-    Raises:
-        ValueError: not of this form, or not a regular expression.
-    """
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ValueError(
-                f"{what}: expected a regular expression, got {targets!r} ({error})"
-            ) from error
-        return lambda name: pattern.fullmatch(name) is not None
-    if not isinstance(targets, Iterable | None):
-        raise ValueError(f"{what}: expected a regular expression or a list, got {targets!r}")
-    listed = list(targets or ())
-    for name in listed:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"{what}: expected names that are not empty, got {name!r}")
-    names = set(listed)
-
-    def matches(name: str) -> bool:
-        while name:
-            if name in names:
-                return True
-            name = name.partition(".")[2]
-        return False
-
-    return matches
 
 
 def module_matcher(

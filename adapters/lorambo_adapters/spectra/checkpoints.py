@@ -184,16 +184,8 @@ def delta_spectra(
         array([2., 1.])
     """
     options = Options(rank, exact_below, tolerance, seed)
-    before, after = (stored_layers(which, targets, exclude) for which in (base, tuned))
-    _check_pairs(before, after)
-    matrices: list[MatrixReader] = []
-    for name, layer in before.layers.items():
-        other = after.layers[name]
-        double = is_exact(layer.shape, rank, exact_below)
-        files = " and ".join(file for file in (layer.info.file, other.info.file) if file)
-        read = _difference(layer, other, device, double)
-        collective = layer.collective or other.collective
-        matrices.append(MatrixReader(name, layer.shape, read, files, collective))
+    before, after = layer_pairs(base, tuned, targets, exclude)
+    matrices = differences(before, after, rank, exact_below, device)
     key = None
     if before.fingerprint is not None and after.fingerprint is not None:
         key = {
@@ -206,6 +198,50 @@ def delta_spectra(
         matrices, options, source=origin, output=output, key=key, workers=workers,
         progress=progress,
     )  # fmt: skip
+
+
+def layer_pairs(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] | None = None,
+) -> tuple[StoredLayers, StoredLayers]:
+    """The layers of both checkpoints, which have the same names and shapes.
+
+    Raises:
+        ValueError: see `delta_spectra`.
+    """
+    before, after = (stored_layers(which, targets, exclude) for which in (base, tuned))
+    _check_pairs(before, after)
+    return before, after
+
+
+def differences(
+    base: StoredLayers,
+    tuned: StoredLayers,
+    rank: int | None,
+    exact_below: int = 1024,
+    device: torch.device | str | None = None,
+) -> list[MatrixReader]:
+    """What each layer of the tuned checkpoint differs by, in the order of the base.
+
+    Args:
+        base: before.
+        tuned: after.
+        rank: of the decomposition that follows, with `exact_below`: it says whether the difference
+            is formed in float64.
+        exact_below: see `decompose`.
+        device: where to subtract; by default where the tuned weight lies.
+    """
+    matrices: list[MatrixReader] = []
+    for name, layer in base.layers.items():
+        other = tuned.layers[name]
+        double = is_exact(layer.shape, rank, exact_below)
+        files = " and ".join(file for file in (layer.info.file, other.info.file) if file)
+        read = _difference(layer, other, device, double)
+        collective = layer.collective or other.collective
+        matrices.append(MatrixReader(name, layer.shape, read, files, collective))
+    return matrices
 
 
 def _check_pairs(base: StoredLayers, tuned: StoredLayers) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -166,7 +166,7 @@ def decompose(
         tail = values[wanted or shorter :] * scale
         return Decomposition(values[:wanted] * scale, float(tail @ tail), method)
     basis, block = largest_basis(shorter, wanted, extra, blocks)
-    values, shortfall = _block_krylov(matrix, wanted, basis, block, tolerance, seed)
+    values, shortfall, *_ = block_krylov(matrix, wanted, basis, block, tolerance, seed)
     unresolved = max(0.0, energy - math.fsum(values * values)) * scale * scale
     return Decomposition(values * scale, unresolved, "block_krylov", shortfall)
 
@@ -289,9 +289,25 @@ def _all_values(tall: torch.Tensor) -> tuple[npt.NDArray[np.float64], Method]:
     return values.cpu().numpy(), method
 
 
-def _block_krylov(
+class Krylov(NamedTuple):
+    """What `block_krylov` found.
+
+    Attributes:
+        values: the largest, float64, descending.
+        shortfall: estimate of the energy that they lack, relative to theirs.
+        products: (A V)^T, a row a vector of V, float64.
+        gram: of these rows; the lower triangle is filled.
+    """
+
+    values: npt.NDArray[np.float64]
+    shortfall: float
+    products: torch.Tensor
+    gram: torch.Tensor
+
+
+def block_krylov(
     matrix: torch.Tensor, rank: int, basis: int, block: int, tolerance: float, seed: int
-) -> tuple[npt.NDArray[np.float64], float]:
+) -> Krylov:
     """The largest values of A V, V an orthonormal basis of a Krylov space, and what they lack.
 
     Algorithm RBKI of Tropp and Webber 2023, with one basis alone made orthogonal throughout, and
@@ -328,7 +344,7 @@ def _block_krylov(
                 break
     complete = end == min(d, k)
     shortfall = 0.0 if complete else missing / captured[-1]
-    return values.cpu().numpy(), shortfall
+    return Krylov(values.cpu().numpy(), shortfall, products[:end], gram[:end, :end])
 
 
 def _products(matrix: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,47 +17,26 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
+from lorambo_adapters.lora_keys import (
+    METADATA,
+    OTHER_METHODS,
+    PREFIX,
+    Parts,
+    by_layer,
+    module_name,
+)
+from lorambo_adapters.names import natural
 from lorambo_adapters.spectra.low_rank import LowRankUpdate, refuse
 from lorambo_adapters.spectra.peft_config import DORA, PeftConfig, by_component
 from lorambo_adapters.spectra.tensor_files import (
     TensorFiles,
     TensorInfo,
-    natural,
     tensor_info,
     tensors_in,
     whole,
 )
 
 State = Mapping[str, torch.Tensor]
-
-_PREFIX = "base_model.model."  # PEFT's, before the names of the model's own modules
-_METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's configuration
-
-# What a key ends with, and what the tensor then is. PEFT; diffusers before and since PEFT ("lora",
-# "_lora" in attention processors, "lora_linear_layer" in text encoders); kohya and LyCORIS.
-_ENDINGS = (
-    (r"\.lora_A(\.default)?(\.weight)?", "A"),
-    (r"\.lora_B(\.default)?(\.weight)?", "B"),
-    (r"\.lora_embedding_A(\.default)?", "A"),
-    (r"\.lora_embedding_B(\.default)?", "B"),
-    (r"(\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight", "A"),
-    (r"(\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight", "B"),
-    (r"(?<=_lora\d)\.down\.weight", "A"),
-    (r"(?<=_lora\d)\.up\.weight", "B"),
-    (r"\.lora_mid\.weight", "middle"),
-    (r"([._]lora)?\.alpha", "alpha"),
-    (r"\.lora_magnitude_vector(\.default)?(\.weight)?|\.dora_scale", "magnitude"),
-    (r"\.lora_B(\.default)?\.bias", "bias"),
-)
-_KEY = re.compile(
-    "(?P<name>.+?)(" + "|".join(f"(?P<p{i}>{end})" for i, (end, _) in enumerate(_ENDINGS)) + ")"
-)
-# Parts of AdaLoRA, KaSA, LoHa, LoKr, OFT, VeRA and others, whose updates are not of the form B A.
-_OTHER_METHODS = re.compile(r".*\.(lora_(?!dropout)|hada_|lokr_|oft_|boft_|vera_)\w+(\.\w+)*")
-
-
-Parts = dict[str, str]
-"""The keys of one layer's tensors, by what they are."""
 
 
 class LoraFile:
@@ -92,7 +70,41 @@ class LoraFile:
                 self.configs = {"": PeftConfig.read(config)}
             elif path.suffix == ".safetensors":
                 self.configs = _metadata(path)
-        self._layers, self.others = _by_layer(self._infos)
+        self._layers, self.others = by_layer(self._infos)
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """All tensors, by key."""
+        return self._infos
+
+    @property
+    def layers(self) -> Mapping[str, Parts]:
+        """The keys of each layer's tensors, by the layer's name in the file."""
+        return self._layers
+
+    def read(self, key: str) -> torch.Tensor:
+        """One tensor; do not write to it."""
+        return self._read(key)
+
+    def updates_of(self, raw: str, alpha: float | None = None) -> list[LowRankUpdate]:
+        """The updates of one layer by its name in the file: one, or one an expert."""
+        return list(self._updates(raw, alpha))
+
+    def pattern_name(self, raw: str) -> tuple[str | None, str, bool]:
+        """How a configuration's patterns see a layer, by its name in the file.
+
+        Returns:
+            The key of its configuration in `configs` (None: it has none), the name that the
+            patterns see, and whether that is a parameter's.
+        """
+        name = self._name(raw)
+        prefix, config = self._config(name)
+        if config is None:
+            return None, name, False
+        inner = name.removeprefix(prefix)
+        parameter = config.parameter(inner)
+        whole = inner if parameter is None else f"{inner}.{parameter}"
+        return prefix.removesuffix("."), whole, parameter is not None
 
     def updates(
         self, alpha: float | None = None, ignore_magnitude: bool = False
@@ -112,7 +124,7 @@ class LoraFile:
         problems += [
             f"{key!r} is not a factor of a LoRA, nor its alpha or its bias"
             for key in self.others
-            if _OTHER_METHODS.fullmatch(key)
+            if OTHER_METHODS.fullmatch(key)
         ]
         if not self._layers and not problems:
             raise ValueError(
@@ -122,7 +134,7 @@ class LoraFile:
         if (
             alpha is None
             and not self.configs
-            and any(key.startswith(_PREFIX) for key in self._infos)
+            and any(key.startswith(PREFIX) for key in self._infos)
         ):
             problems.append(
                 "these are PEFT's names, and their scale is in adapter_config.json: expected it "
@@ -235,37 +247,7 @@ class LoraFile:
         return value
 
     def _name(self, raw: str) -> str:
-        """The module's name: without PEFT's prefix and the wrappers it put inside one another."""
-        pieces = raw.split(".")
-        inner = [
-            piece
-            for i, piece in enumerate(pieces)
-            if piece != "base_layer" or ".".join(pieces[:i]) not in self._layers
-        ]
-        return ".".join(inner).removeprefix(_PREFIX)
-
-
-def _by_layer(infos: Mapping[str, TensorInfo]) -> tuple[dict[str, Parts], list[str]]:
-    """The keys of each layer, by the layer's name in the file, and the keys of no layer.
-
-    Raises:
-        ValueError: a layer has two tensors for one part.
-    """
-    layers: dict[str, Parts] = {}
-    others: list[str] = []
-    for key in infos:
-        match = _KEY.fullmatch(key)
-        if match is None:
-            others.append(key)
-            continue
-        part = next(part for i, (_, part) in enumerate(_ENDINGS) if match[f"p{i}"] is not None)
-        parts = layers.setdefault(match["name"], {})
-        if part in parts:
-            raise ValueError(f"expected one {part} a layer, got {parts[part]!r} and {key!r}")
-        parts[part] = key
-    for name in [name for name, parts in layers.items() if parts.keys() == {"alpha"}]:
-        others += layers.pop(name).values()  # of another method, or a parameter of that name
-    return layers, others
+        return module_name(raw, self._layers)
 
 
 def _weights_of(folder: Path) -> Path:
@@ -292,11 +274,11 @@ def _metadata(path: Path) -> dict[str, PeftConfig]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt", device="cpu") as file:
-        text = (file.metadata() or {}).get(_METADATA)
+        text = (file.metadata() or {}).get(METADATA)
     if text is None:
         return {}
     try:
         entries: dict[str, Any] = dict(json.loads(text))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: expected JSON in its metadata {_METADATA!r}") from error
-    return by_component(entries, f"{path}: {_METADATA}")
+        raise ValueError(f"{path}: expected JSON in its metadata {METADATA!r}") from error
+    return by_component(entries, f"{path}: {METADATA}")

@@ -41,7 +41,7 @@ def live_updates(
         ValueError: the model has no LoRA layer, or not one with such an adapter; or the update of
             some is not of the form scale * B A, or has no data. One message lists these.
     """
-    wrappers = dict(_wrappers(unwrap(model)))
+    wrappers = dict(lora_layers(unwrap(model)))
     if not wrappers:
         raise ValueError(
             f"expected a model with LoRA layers of PEFT, got {type(model).__name__} without any"
@@ -59,7 +59,7 @@ def live_updates(
         for adapter in module.active_adapters if adapters is None else adapters:
             if adapter not in module.scaling:
                 continue
-            variant = _variant(module, adapter)
+            variant = variant_of(module, adapter)
             magnitudes |= "Dora" in variant
             if variant and not variant.startswith(("Dora", "_Dora", *_PLAIN)):
                 problems.append(f"layer {name!r}: expected a plain LoRA, got {variant}")
@@ -90,8 +90,12 @@ def changed_bases(model: Any, adapters: Sequence[str] | None = None) -> set[str]
     return {name for name in found if name is not None}
 
 
-def _wrappers(model: torch.nn.Module) -> Iterator[tuple[str, tuple[str, Any]]]:
-    """LoRA layers by their path, each with the name of the module that it wraps."""
+def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, tuple[str, Any]]]:
+    """LoRA layers by their path, each with the name of the module that it wraps.
+
+    Args:
+        model: not a `PeftModel` (see `unwrap`), whose prefix the names would have.
+    """
     found: set[str] = set()
     for path, module in model.named_modules():
         if not all(hasattr(module, part) for part in ("lora_A", "lora_B", "scaling", "base_layer")):
@@ -106,7 +110,7 @@ def _wrappers(model: torch.nn.Module) -> Iterator[tuple[str, tuple[str, Any]]]:
         yield path, (name, module)
 
 
-def _variant(module: Any, adapter: str) -> str:
+def variant_of(module: Any, adapter: str) -> str:
     """The class of the adapter's variant of LoRA; empty for a plain one."""
     if hasattr(module, "lora_E"):
         return "AdaLoRA"

@@ -86,7 +86,7 @@ def low_rank_spectra(
         for name, parts in layers.items():
             advance(0.0, name)
             try:
-                weights = (None, None) if curvature is None else _pair(curvature[name])
+                weights = (None, None) if curvature is None else pair_of(curvature[name])
                 found[name] = _values(parts, weights, curvature is not None, device)
             except ValueError as error:
                 places = sorted({part.place for part in parts} - {""})
@@ -139,8 +139,8 @@ def product_values(
         if not bool(torch.isfinite(factor).all()):
             raise ValueError(f"expected finite numbers, got NaN or infinity in the factor {name}")
     on_right, on_left = curvature
-    core_left = _weighted(left.to(torch.float64), on_left, "B")
-    core_right = _weighted(right.to(torch.float64).T, on_right, "A")
+    core_left = weighted_core(left.to(torch.float64), on_left, "B")
+    core_right = weighted_core(right.to(torch.float64).T, on_right, "A")
     core = core_left @ core_right.T
     if not bool(torch.isfinite(core).all()):
         raise ValueError("expected a product within the range of doubles, got an overflow")
@@ -161,8 +161,17 @@ def refuse(problems: Sequence[str], what: str = "") -> None:
         raise ValueError(f"{what}{': ' if what else ''}{count}{shown}{more}")
 
 
-def _weighted(tall: torch.Tensor, weight: torch.Tensor | None, name: str) -> torch.Tensor:
-    """A small matrix with the Gram matrix tall^T weight tall."""
+def weighted_core(tall: torch.Tensor, weight: torch.Tensor | None, name: str) -> torch.Tensor:
+    """A small matrix C with the Gram matrix C^T C = tall^T weight tall.
+
+    Args:
+        tall: n x r, float64.
+        weight: n x n, positive semidefinite; or its diagonal; or None for the identity.
+        name: of the weight, for messages.
+
+    Raises:
+        ValueError: the weight is not finite or not positive semidefinite in the span of `tall`.
+    """
     if weight is None:
         return torch.linalg.qr(tall, mode="r").R
     basis, triangle = torch.linalg.qr(tall)
@@ -203,7 +212,7 @@ def _values(
     return values / math.sqrt(2) if in_loss else values
 
 
-def _pair(curvature: Pair | Factors) -> Pair:
+def pair_of(curvature: Pair | Factors) -> Pair:
     """A and B, damped if they are `Factors`."""
     return curvature.powers(1.0) if isinstance(curvature, Factors) else curvature
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorambo_adapters.targets import name_matcher
+from lorambo_adapters.names import name_matcher
 
 # Ways of training a LoRA after which its update is not scale * B A. (VeLoRA, MiCA and aLoRA leave
 # it that, the last for the tokens it applies to.)

@@ -16,11 +16,11 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lorambo_adapters.layers import TargetLayer, find_layers, is_packed
+from lorambo_adapters.names import natural
 from lorambo_adapters.spectra.tensor_files import (
     Fingerprint,
     TensorFiles,
     TensorInfo,
-    natural,
     tensor_info,
     tensors_in,
     whole,

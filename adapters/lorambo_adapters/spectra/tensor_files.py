@@ -248,11 +248,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if gather is None else gather().detach()
 
 
-def natural(key: str) -> list[tuple[int, str]]:
-    """A sorting key that takes runs of digits by their number."""
-    return [(int(part) if i % 2 else 0, part) for i, part in enumerate(re.split(r"([0-9]+)", key))]
-
-
 def tensor_info(tensor: torch.Tensor, file: str = "") -> TensorInfo:
     """What there is to know of a tensor in memory."""
     kind: object = tensor.dtype if tensor.layout is torch.strided else tensor.layout

@@ -1,0 +1,1 @@
+"""From ranks to the tools: their configurations, smaller LoRAs, and ranks of live models."""
