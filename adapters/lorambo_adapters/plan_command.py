@@ -58,7 +58,7 @@ def add_plan(app: typer.Typer) -> None:
             warnings.simplefilter("ignore")
             try:
                 from lorambo_adapters.plan import plan_extraction
-                from lorambo_adapters.spectra_commands import _device
+                from lorambo_adapters.spectra_commands import device_from
 
                 found = plan_extraction(
                     source,
@@ -71,7 +71,7 @@ def add_plan(app: typer.Typer) -> None:
                     passes=passes,
                     width=width,
                     workers=workers,
-                    device=_device(device),
+                    device=device_from(device),
                 )
             except ModuleNotFoundError as missing:
                 if missing.name not in ("torch", "safetensors", "transformers"):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from lorambo_adapters.ranks.mask import active_ranks
 from lorambo_adapters.ranks.resize import resize
-
 from lorambo_adapters.ranks.sharded import whole
 from tests.adapters.resize_models import plain
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from typing import Any
 
 import pytest
 
@@ -299,12 +300,16 @@ def test_padding_is_left_out(name, implementation):
 def test_padding_where_all_experts_are_multiplied_at_once():
     model = family("llama4").double().requires_grad_(False)
     inputs = batch(padded=True)
-    got = {}
+    got: dict[str, Any] = {}
     layers = experts_of(model)
     seen = []
     first = model.model.layers[0].feed_forward
     handle = first.experts.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    with InputHooks(layers, lambda layer, x: got.update({layer.name: x.matrix})) as hooks:
+
+    def receive(layer, x: Any):
+        got[layer.name] = x.matrix
+
+    with InputHooks(layers, receive) as hooks:
         hooks.begin(inputs["attention_mask"])
         model(**inputs)
     handle.remove()
@@ -351,6 +356,8 @@ def test_spectra_of_gradients_inputs_and_curvature(implementation):
         inner = torch.linalg.svdvals(x)[: len(activations[layer.name])]
         close(activations[layer.name][: len(inner)], inner, 1e-6 * float(inner[0]))
         a, b = factors.matrices()[layer.name]
+        assert a is not None
+        assert b is not None
         torch.testing.assert_close(a.double(), x.T @ x / len(x), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(b.double(), g.T @ g / terms, rtol=1e-9, atol=1e-12)
 

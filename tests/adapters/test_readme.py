@@ -3,6 +3,7 @@
 import re
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,9 @@ def test_from_a_model_to_ranks_in_ten_lines(tmp_path):
     lines = [line for line in found[1].splitlines() if line]
     assert len(lines) == 10
     code = found[1].replace('"Qwen/Qwen2.5-0.5B"', repr(str(tmp_path)))
-    names = {"texts": ["Ranks are given out.", "Each layer has a spectrum of its own."]}
+    names: dict[str, Any] = {
+        "texts": ["Ranks are given out.", "Each layer has a spectrum of its own."]
+    }
     exec(compile(code, "README.md", "exec"), names)
     allocation, shapes = names["allocation"], names["spectra"].shapes
     assert list(names["ranks"]) == list(shapes)

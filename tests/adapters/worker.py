@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,13 +65,12 @@ def compute(folder, workers=None):
     """Every kind of spectra that workers share, by name, as arrays."""
     model, batches = make()
     mine = batches if workers is None else batches[workers.index :: workers.count]
-    both = {"targets": ["first", "wide", "narrow", "seldom"]}
+    both: dict[str, Any] = {"targets": ["first", "wide", "narrow", "seldom"]}
     base, tuned = folder / "base.safetensors", folder / "tuned.safetensors"
     files = {"rank": 8, "workers": workers, "progress": False}
     data = {**both, "workers": workers}
     factors = curvature_factors(model, mine, losses, kind="ekfac", **data)
-    first = {"targets": ["first", "narrow"]}
-    narrow = curvature_factors(model, batches, losses, **first)
+    narrow = curvature_factors(model, batches, losses, targets=["first", "narrow"])
     results = {
         "checkpoint": checkpoint_spectra(base, output=folder / "saved.npz", **files),
         "delta": delta_spectra(base, tuned, exact_below=32, **files),
@@ -98,9 +98,12 @@ def compute(folder, workers=None):
 
 def candidates(factors):
     generator = torch.Generator().manual_seed(1)
+
+    def drawn(side):
+        return torch.randn(side, 3, generator=generator).double()
+
     return {
-        name: tuple(torch.randn(side, 3, generator=generator).double() for side in factor.shape)
-        for name, factor in factors.items()
+        name: (drawn(factor.shape[0]), drawn(factor.shape[1])) for name, factor in factors.items()
     }
 
 
@@ -215,7 +218,7 @@ def groups(folder):
     """Two data-parallel groups of two, as where processes also share a model."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    pairs: list[Any] = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     model, batches = make()
     mine = batches[rank % 2 :: 2]
     # One has all of its group's batches and the other has none.
