@@ -192,9 +192,13 @@ def find_layers(
                 layers.append(layer)
     if not layers:
         given = "" if target_parameters is None else f" or target_parameters={target_parameters!r}"
+        linear = [name for name, module in base_modules(model) if _kind(module) == "linear"]
+        known = f" (linear layers are {', '.join(linear[:3])}, ...)" if linear else ""
+        whole = isinstance(modules, str) and not is_all_linear(modules)
+        hint = f"; a string has to match a whole name, [{targets!r}] a suffix" if whole else ""
         raise ValueError(
             f"expected at least one linear layer or other module that matches targets={targets!r}"
-            f"{given}, got none in {type(model).__name__}"
+            f"{given}, got none in {type(model).__name__}{known}{hint}"
         )
     return layers
 
@@ -242,7 +246,9 @@ def expert_groups(layers: Iterable[TargetLayer]) -> list[list[str]]:
         [['experts.up.0', 'experts.up.1']]
     """
     groups: dict[tuple[int, str], list[str]] = {}
-    for layer in layers:
+    for layer in layers if isinstance(layers, Iterable) else [layers]:
+        if not isinstance(layer, TargetLayer):
+            raise ValueError(f"layers: expected those of find_layers, got {type(layer).__name__}")
         if layer.expert is not None:
             groups.setdefault((id(layer.module), layer.parameter), []).append(layer.name)
     return [names for names in groups.values() if len(names) > 1]

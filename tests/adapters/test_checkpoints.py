@@ -18,6 +18,7 @@ from safetensors.torch import save_file  # noqa: E402
 from lorambo_adapters.spectra import extraction  # noqa: E402  (needs torch)
 from lorambo_adapters.spectra.checkpoints import checkpoint_spectra, delta_spectra  # noqa: E402
 from lorambo_adapters.spectra.tensor_files import TensorFiles  # noqa: E402
+from lorambo_adapters.spectra.weights import weight_spectra  # noqa: E402
 from lorambo_alloc import Spectra, allocate, uniform_rank  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -680,6 +681,40 @@ def test_memory_holds_one_tensor_and_not_a_model(tmp_path, suffix):
         done = run(_PEAK, warm, *folders)
         assert done.returncode == 0, done.stderr
         assert float(done.stdout) < 36, done.stdout
+
+
+def test_adapters_are_not_taken_for_weights():
+    peft = pytest.importorskip("peft", reason="peft is absent: pip install 'lorambo-alloc[peft]'")
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    with pytest.raises(
+        ValueError, match=r"tuned: .* unmerged adapters \(default\); use lora_spectra"
+    ):
+        delta_spectra(before, model)
+    with pytest.raises(ValueError, match=r"base: .* unmerged adapters"):
+        delta_spectra(model, before)
+    for spectra_of in (checkpoint_spectra, weight_spectra):
+        with pytest.raises(ValueError, match=r"without adapters, got '.*base_layer"):
+            spectra_of(model.state_dict())
+    update = model.base_model.model[0].get_delta_weight("default").detach()
+    expected = torch.linalg.svdvals(update.double()).numpy()
+    with model.disable_adapter():
+        assert not delta_spectra(before, model)["0"].any()
+    model.merge_adapter()
+    merged = delta_spectra(before, model)
+    np.testing.assert_allclose(merged["0"], expected, rtol=1e-4, atol=1e-6)
+    assert not merged["1"].any()
+
+
+def test_two_state_dicts_are_told_apart():
+    with pytest.raises(ValueError, match=r"missing from the state dict \(tuned\)"):
+        delta_spectra(
+            {"a.weight": torch.eye(2), "b.weight": torch.eye(2)}, {"b.weight": torch.eye(2)}
+        )
 
 
 def test_progress_is_silent_away_from_a_terminal(capsys):

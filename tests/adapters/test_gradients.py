@@ -576,6 +576,28 @@ def test_bad_input_is_named():
             gradient_spectra(model, batches, square_loss, **{**options, name: value})
 
 
+def test_typical_slips_are_named():
+    transformers = pytest.importorskip("transformers", reason="transformers is absent")
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config)
+    ids = torch.randint(0, 32, (2, 8))
+    batch = {"input_ids": ids, "labels": ids}
+    for single in (batch, None, 3):
+        with pytest.raises(ValueError, match="batches: expected a list of batches"):
+            gradient_spectra(model, single)  # pyright: ignore[reportArgumentType]  # on purpose
+    with pytest.raises(
+        ValueError, match=r"batch: expected a mapping .* got Tensor; pass a function"
+    ):
+        gradient_spectra(model, [ids])
+    with pytest.raises(ValueError, match=r"without loss_fn a batch needs 'labels'"):
+        gradient_spectra(model, [{"input_ids": ids}])
+    message = (
+        r"got none in .* \(linear layers are .*a string has to match a whole name, \['c_attn'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_layers(torch.nn.Sequential(torch.nn.Linear(2, 2)), "c_attn")
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # PEFT's own hooks
 def test_gradients_that_loraga_stored():
     pytest.importorskip("peft", reason="peft is absent")

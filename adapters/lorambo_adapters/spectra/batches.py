@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 try:
@@ -47,8 +47,46 @@ def attention_masks(model: torch.nn.Module, layers: Sequence[TargetLayer]) -> Ma
 
 
 def for_passes(batches: Iterable[Any], passes: int) -> Iterable[Any]:
-    """The batches such that they can be run through so often: an iterator is kept as a list."""
+    """The batches such that they can be run through so often: an iterator is kept as a list.
+
+    Raises:
+        ValueError: they are not an iterable of batches, or perhaps a single batch.
+    """
+    iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, (str, Mapping)) or not iterable:
+        single = "; wrap it in a list" if isinstance(batches, Mapping) else ""
+        got = type(batches).__name__
+        raise ValueError(f"batches: expected a list of batches or the like, got {got}{single}")
     return list(batches) if passes > 1 and iter(batches) is batches else batches
+
+
+def model_on(model: torch.nn.Module, batch: Any) -> Any:
+    """The model's output for a batch that is a mapping of its arguments.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if not hasattr(batch, "keys"):
+        raise ValueError(
+            f"batch: expected a mapping of the model's arguments, got {type(batch).__name__}; pass "
+            "a function of model and batch for others"
+        )
+    return model(**batch)
+
+
+def own_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+    """The loss that a transformers model has computed itself.
+
+    Raises:
+        ValueError: it has not.
+    """
+    loss = getattr(model_on(model, batch), "loss", None)
+    if loss is None:
+        raise ValueError(
+            "expected a model that computes its loss, got none; without loss_fn a batch needs "
+            "'labels'"
+        )
+    return loss
 
 
 @contextlib.contextmanager

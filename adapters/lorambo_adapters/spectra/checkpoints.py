@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 try:
     import torch
@@ -21,6 +22,7 @@ from lorambo_adapters.spectra.stored_layers import (
     StoredLayer,
     StoredLayers,
     stored_layers,
+    unmerged_adapters,
 )
 from lorambo_alloc import Spectra
 
@@ -211,7 +213,18 @@ def layer_pairs(
     Raises:
         ValueError: see `delta_spectra`.
     """
+    for which, side in ((base, "base"), (tuned, "tuned")):
+        active = unmerged_adapters(which) if isinstance(which, torch.nn.Module) else []
+        if active:
+            raise ValueError(
+                f"{side}: expected a model whose weights hold what it learnt, got unmerged "
+                f"adapters ({', '.join(active)}); use lora_spectra(model), or call "
+                "merge_and_unload() first"
+            )
     before, after = (stored_layers(which, targets, exclude) for which in (base, tuned))
+    if before.label == after.label:
+        before = replace(before, label=f"{before.label} (base)")
+        after = replace(after, label=f"{after.label} (tuned)")
     _check_pairs(before, after)
     return before, after
 

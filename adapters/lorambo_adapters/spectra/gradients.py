@@ -22,6 +22,7 @@ from lorambo_adapters.spectra.batches import (
     attention_masks,
     for_passes,
     frozen,
+    own_loss,
     same_random_numbers,
     shown,
 )
@@ -122,7 +123,7 @@ def gradient_spectra(
         seed=seed,
     )  # fmt: skip
     sketch_gradients(
-        model, batches, _own_loss if loss_fn is None else loss_fn, sketcher, mask=mask,
+        model, batches, own_loss if loss_fn is None else loss_fn, sketcher, mask=mask,
         loss_scale=loss_scale, workers=workers, seed=seed,
     )  # fmt: skip
     return sketcher.spectra(source)
@@ -215,10 +216,6 @@ def loraga_spectra(
         source=f"{source}; {method}" if source else method,
         unresolved=unresolved,
     )
-
-
-def _own_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    return model(**batch).loss
 
 
 def _check_loss(loss: Any, number: int) -> None:

@@ -17,7 +17,13 @@ except ModuleNotFoundError as missing:
 
 from lorambo_adapters.layers import LayerTargets, TargetLayer, find_layers
 from lorambo_adapters.progress import progress_bar
-from lorambo_adapters.spectra.batches import frozen, same_random_numbers, warn_unreached
+from lorambo_adapters.spectra.batches import (
+    for_passes,
+    frozen,
+    own_loss,
+    same_random_numbers,
+    warn_unreached,
+)
 from lorambo_adapters.spectra.expert_products import Product
 from lorambo_adapters.spectra.experts import listening
 from lorambo_adapters.spectra.hooks import GradientHooks
@@ -141,7 +147,7 @@ def probe_spectra(
     layers = find_layers(model, targets)
     refuse(list(misfits({layer.name: layer.shape for layer in layers}, curvature)))
     scale = 1.0 if alpha is None else alpha / rank
-    loss_fn = _own_loss if loss_fn is None else loss_fn
+    loss_fn = own_loss if loss_fn is None else loss_fn
     generators = contextlib.nullcontext() if seed is None else same_random_numbers(model, seed)
     with generators, _as_it_was(model):
         branches = [_Branch(layer, rank, scale) for layer in layers]
@@ -331,6 +337,7 @@ def _as_it_was(model: torch.nn.Module) -> Generator[None]:
 
 def _cycled(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches over and over; those of an iterator are kept."""
+    batches = for_passes(batches, 1)
     kept: list[Any] | None = [] if iter(batches) is batches else None
     while True:
         count = 0
@@ -358,7 +365,3 @@ def _checked(loss: Any, step: int) -> float:
             "high"
         )
     return value
-
-
-def _own_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    return model(**batch).loss

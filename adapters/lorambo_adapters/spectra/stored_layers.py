@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 try:
@@ -113,6 +113,7 @@ def stored_layers(
     infos: Mapping[str, TensorInfo]
     if isinstance(checkpoint, Mapping):
         state = tensors_in(checkpoint)
+        check_no_adapters(state)
         infos = {key: tensor_info(tensor) for key, tensor in state.items()}
         label, order, fingerprint = "the state dict", list(infos), None
         read = _state_reader(state)
@@ -139,6 +140,34 @@ def stored_layers(
             f"targets={targets!r}, got none among {len(infos)} tensors"
         )
     return StoredLayers(label, layers, fingerprint)
+
+
+def check_no_adapters(state: Iterable[str]) -> None:
+    """Refuse the state dict of a model with PEFT's adapters in it, whose names are not layers'.
+
+    Raises:
+        ValueError: a name is an adapter's or a wrapped layer's.
+    """
+    for key in state:
+        if ".base_layer." in key or ".lora_A." in key or ".lora_B." in key:
+            raise ValueError(
+                f"expected the state dict of a model without adapters, got {key!r} in it; pass the "
+                "model (adapters are seen through), or lora_spectra(model) for the adapters"
+            )
+
+
+def unmerged_adapters(model: torch.nn.Module) -> list[str]:
+    """Names of PEFT's adapters that act on a model, but are not in its weights."""
+    found: dict[str, None] = {}
+    for module in model.modules():
+        if hasattr(module, "base_layer") and not getattr(module, "disable_adapters", False):
+            merged = getattr(module, "merged_adapters", ())
+            active = getattr(module, "active_adapters", ())
+            has = getattr(module, "lora_A", None)
+            found |= {
+                name: None for name in active if name not in merged and (has is None or name in has)
+            }
+    return list(found)
 
 
 def _matcher(

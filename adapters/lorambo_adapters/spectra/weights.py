@@ -22,6 +22,7 @@ except ModuleNotFoundError as missing:
 from lorambo_adapters.layers import TargetLayer, find_layers, floating_point
 from lorambo_adapters.progress import progress_bar
 from lorambo_adapters.spectra.decompose import Decomposition, arithmetic, decompose
+from lorambo_adapters.spectra.stored_layers import check_no_adapters
 from lorambo_adapters.spectra.tensor_files import tensors_in
 from lorambo_adapters.targets import is_all_linear, name_matcher
 
@@ -153,6 +154,7 @@ def _weights(
             where = getattr(layer.module, layer.parameter).device
             yield layer.name, _Weight(layer.shape, where, layer.matrix)
         return
+    check_no_adapters(model)
     wanted = (lambda name: True) if is_all_linear(targets) else name_matcher(targets, "targets")
     for key, tensor in tensors_in(model).items():
         name = key.removesuffix(".weight")
