@@ -191,6 +191,13 @@ def plan_extraction(
     data = Data(tokens, -(-batches // workers), seen)
     if hooked:
         estimates += _runs(hooked, data, passes, width, where, speeds)
+    if any(y.kind == "expert" and y.share == 1 for y in hooked):
+        notes.append(
+            "how many of the experts a token passes is not known: each is taken to get all tokens, "
+            "which makes batches longer and larger than they are"
+        )
+    if model.in_files and getattr(getattr(model.module, "config", None), "quantization_config", 0):
+        notes.append("the config's quantization is not counted: weights as if they had none")
     if len(hooked) < len(model.layers):
         notes.append(
             f"{len(model.layers) - len(hooked)} layers are convolutions with groups, which weights "

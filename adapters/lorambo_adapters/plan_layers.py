@@ -150,14 +150,19 @@ def _on_meta(path: Path) -> torch.nn.Module:
             f"{path} needs transformers: pip install 'lorambo-alloc[peft]'", name=missing.name
         ) from missing
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        # Left open, it would ask on the terminal whether to run code that lies in the folder.
+        config: Any = transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
     # Wrong values fail in the config's own code, in any way.
     except Exception as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(
             f"{path}: expected a config.json of a model that transformers knows: {reason}"
         ) from error
-    named: list[Any] = [getattr(transformers, name, None) for name in config.architectures or ()]
+    named: list[Any] = [
+        getattr(transformers, str(name), None) for name in config.architectures or ()
+    ]
     builders = [cls._from_config for cls in named if hasattr(cls, "_from_config")]
     builders += [transformers.AutoModelForCausalLM.from_config, transformers.AutoModel.from_config]
     reasons: list[Exception] = []

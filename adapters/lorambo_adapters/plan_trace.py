@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -80,7 +83,7 @@ def trace(
             the numbers (a mixture of experts), or where the batch is not what it takes.
     """
     found = Trace()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _unlogged(), FakeTensorMode(allow_non_fake_inputs=True):
 
         def without_data(tensor: torch.Tensor) -> torch.Tensor:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -210,6 +213,17 @@ class _Counter(TorchDispatchMode):
             self._now -= size
 
         return freed
+
+
+@contextlib.contextmanager
+def _unlogged() -> Generator[None]:
+    """Torch logs a trace of calls that fail without data, on stderr; the error says enough."""
+    logger = logging.getLogger(fake_tensor.__name__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _call(model: torch.nn.Module, batch: Any) -> Any:

@@ -592,6 +592,7 @@ class TestResuming:
     def test_tensors_in_memory_are_not_resumed(self, tmp_path, counted):
         output = tmp_path / "s.npz"
         self.stopped_after(counted, 20, lambda: checkpoint_spectra(state(), output=output))
+        assert not list(tmp_path.iterdir())  # of no use to any run
         checkpoint_spectra(state(), output=output)
         assert counted["done"] == 33
 

@@ -23,6 +23,7 @@ from lorambo_adapters.spectra.distributed import (  # noqa: E402
     balanced_shares,
     torchrun_workers,
 )
+from lorambo_adapters.spectra.partial import PartialResults  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
@@ -232,3 +233,25 @@ def test_costs_of_a_model_are_shared_evenly():
     costs = [3.0] * 64 + [7.0] * 32 + [1.0] * 64
     loads = [sum(costs[i] for i in share) for share in balanced_shares(costs, 8)]
     assert max(loads) <= 1.02 * sum(costs) / 8
+
+
+def test_worker_0_removes_what_more_workers_have_left(tmp_path):
+    output = tmp_path / "out.npz"
+    first, other, third = (PartialResults(output, {"key": 1}, i) for i in range(3))
+    other.remove()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.npz.partial", "out.npz.partial.2"]
+    first.remove()
+    assert not list(tmp_path.iterdir())
+    third.remove()  # is no error where worker 0 was faster
+
+
+def test_a_failed_start_leaves_no_signal_handler(monkeypatch):
+    def refuse(backend):
+        raise RuntimeError("no such address")
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="no such address"), torchrun_workers():
+        pass
+    assert signal.getsignal(signal.SIGTERM) is before

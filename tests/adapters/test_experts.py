@@ -525,6 +525,10 @@ def assigned(x, w, ids):
         (lambda x, w, ids: x @ torch.cat([w[0], w[1]]).T, "got 'cat'"),
         (lambda x, w, ids: torch.addmm(x[:, :4], x, w[0].T, alpha=2), "got 'addmm'"),
         (assigned, "got '__setitem__'"),
+        (lambda x, w, ids: x @ w.clone().mul_(2)[0].T, "got 'mul_'"),
+        (lambda x, w, ids: x @ w[0].clone().copy_(w[1]).T, "got 'copy_'"),
+        (lambda x, w, ids: x @ w[0].detach().T, "got 'detach'"),
+        (lambda x, w, ids: x @ w.data[0].T, "got 'data'"),
         (lambda x, w, ids: x, "Stack to multiply tokens by this parameter .* got none"),
         (lambda x, w, ids: Own.apply(x, w[0]), "inside a function that computes its own gradient"),
         (
@@ -611,6 +615,109 @@ def test_rows_that_were_sent_before_the_module_are_refused_under_a_mask(copies):
     assert sum(hooked(model, layers, x, squares).rows.values()) == 6 * copies
     with pytest.raises(ValueError, match=r"followed.* in or before Stack"):
         hooked(model, layers, x, squares, mask=torch.tensor([1, 0, 1, 1, 1, 1]))
+
+
+ORDER = torch.tensor([4, 2, 0, 5, 1, 3])
+
+
+def repeated_for_all(x, w, ids):
+    return (x.repeat(3, 1).view(3, 6, 5) @ w.mT).sum(0)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        repeated_for_all,
+        lambda x, w, ids: (x @ w.mT).sum(0),
+        lambda x, w, ids: (x[None] @ w.mT).sum(0),
+        lambda x, w, ids: torch.bmm(x.unsqueeze(0).expand(3, -1, -1), w.mT).sum(0),
+        lambda x, w, ids: (x[ORDER, None][:, 0] @ w.mT).sum(0)[ORDER.argsort()],
+    ],
+)
+def test_rows_are_followed_to_all_experts(way):
+    model, layers = stack(way)
+    x = torch.randn(6, 5).double()
+    mask = torch.tensor([1, 0, 1, 1, 0, 1])
+    got = hooked(model, layers, x, squares, mask=mask)
+    expected = autograd(model, layers, x, lambda m, x: m(x)[mask.bool()].square().sum())
+    for layer in layers:
+        torch.testing.assert_close(got.gradients[layer.name], expected[layer.name])
+
+
+def test_tokens_repeated_before_the_module_for_some_experts_alone():
+    class Repeats(Whole):
+        def forward(self, x):
+            return self.experts(x.repeat(3, 1)).sum(0)
+
+    model = Repeats(lambda x, w, ids: x.view(3, -1, 5) @ w.mT).double().requires_grad_(False)
+    layers = find_layers(model, None, target_parameters=["up"])[1:]
+    x = torch.randn(6, 5).double()
+    mask = torch.tensor([1, 0, 1, 1, 0, 1])
+    got = hooked(model, layers, x, squares, mask=mask)
+    expected = autograd(model, layers, x, lambda m, x: m(x)[mask.bool()].square().sum())
+    assert len(got.gradients) == 2
+    for name, gradient in got.gradients.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def places(x, experts, of):
+    """Each token at the next free place of its expert's, of as many places as there are tokens."""
+    chosen = functional.one_hot(of, 3)
+    place = functional.one_hot((chosen.cumsum(0) - 1).clamp(min=0), len(x)) * chosen[..., None]
+    sent = torch.einsum("tec,ti->eci", place.to(x), x)
+    return torch.einsum("tec,eco->to", place.to(x), experts(sent))
+
+
+class Places(Whole):
+    def forward(self, x):
+        return places(x, self.experts, torch.tensor([0, 0, 1, 2, 1, 0]))
+
+
+def turned_in_place(x, w, ids):
+    y = x.clone()
+    flat = y.view(-1, 5)
+    y[:] = x.flip(0)
+    return functional.linear(flat, w[1])
+
+
+def turned_in_a_part(x, w, ids):
+    y = x.clone()
+    y[:2].copy_(x[4:])
+    return functional.linear(y, w[1])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Whole(lambda x, w, ids: (x.flip(0) @ w.mT).sum(0)),
+        Whole(lambda x, w, ids: places(x, lambda sent: sent @ w.mT, torch.arange(6) % 3)),
+        Places(lambda sent, w, ids: torch.bmm(sent, w.mT)),
+        Whole(turned_in_place),
+        Whole(turned_in_a_part),
+        Whole(lambda x, w, ids: functional.linear((x[None] * x.new_ones(3, 1, 1))[2], w[1])),
+        Whole(lambda x, w, ids: w[1] @ x[:, :3].reshape(6, 3)[:5] + 0 * x.sum()),
+    ],
+)
+def test_places_that_are_no_tokens_are_not_taken_for_them(model):
+    model = model.double().requires_grad_(False)
+    layers = find_layers(model, None, target_parameters=["up"])
+    x = torch.randn(6, 5).double()
+    assert hooked(model, layers, x, squares).gradients
+    with pytest.raises(ValueError, match=r"layer 'experts\.up\..': .*followed.* or before Stack"):
+        hooked(model, layers, x, squares, mask=torch.tensor([1, 0, 1, 1, 1, 1]))
+
+
+def test_compiled_models_run_as_they_are_written():
+    model, layers = stack(WAYS["an index"])
+    x = torch.randn(6, 5).double()
+    expected = autograd(model, layers, x, squares)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    got = hooked(model, layers, x, lambda _, x: compiled(x).square().sum()).gradients
+    assert len(got) == 2
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name])
+    assert not compiled(x).requires_grad
 
 
 def test_beside_adapters_of_peft():

@@ -646,3 +646,53 @@ def test_cuda_agrees_with_the_cpu(passes, dtype):
         np.testing.assert_allclose(
             spectra[name], expected[name], rtol=relative, atol=absolute * expected[name][0]
         )
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_compiled_models_run_as_they_are_written(before):
+    if not hasattr(torch.compiler, "set_stance"):
+        pytest.skip("this torch cannot run compiled models uncompiled")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(90, 80), torch.nn.Linear(80, 6))
+    x = torch.randn(7, 90)
+    compiled = torch.compile(model, backend="eager")
+    if before:
+        compiled(x)
+    options = {"rank": 4, "targets": ["0", "1"]}
+    found = gradient_spectra(model, [x], lambda _, x: compiled(x).square().sum(), **options)
+    expected = gradient_spectra(model, [x], lambda m, x: m(x).square().sum(), **options)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+    model.requires_grad_(False)
+    assert not compiled(x).requires_grad  # nothing is left in what is compiled later
+
+
+def test_a_sketcher_goes_back_to_an_earlier_pass():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(90, 80), torch.nn.Linear(80, 6))
+    model.requires_grad_(False)
+    x = torch.randn(7, 90)
+
+    def add(sketcher):
+        with sketcher:
+            sketcher.begin()
+            model(x).square().sum().backward()
+
+    def finish(sketcher):
+        for _ in range(2):
+            sketcher.next_pass()
+            add(sketcher)
+        return sketcher.spectra()
+
+    sketcher = GradientSketcher(model, rank=4, targets=["0", "1"], width=16, passes=3)
+    add(sketcher)
+    state = copy.deepcopy(sketcher.state_dict())
+    expected = finish(sketcher)
+    empty = {name: [total * 0 for total in sums] for name, sums in state["sums"].items()}
+    for again in (state, {**state, "sums": empty, "batches": 0}):
+        sketcher.load_state_dict(again)
+        if again is not state:
+            add(sketcher)  # sums that are exact grow again too
+        found = finish(sketcher)
+        for name, values in expected.items():
+            np.testing.assert_allclose(found[name], values, rtol=1e-6)

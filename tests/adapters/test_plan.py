@@ -263,6 +263,46 @@ class TestSources:
             with pytest.raises(ValueError, match=f"{option}: expected a whole number"):
                 plan_extraction(torch.nn.Linear(3, 2), **given)
 
+    def test_code_in_the_folder_is_not_run_and_nobody_is_asked(
+        self, tmp_path, transformers, monkeypatch
+    ):
+        asked = []
+        monkeypatch.setattr("builtins.input", lambda *said: asked.append(said) or "n")
+        text = '{"model_type": "xx", "auto_map": {"AutoConfig": "configuration_x.X"}}'
+        (tmp_path / "config.json").write_text(text)
+        (tmp_path / "configuration_x.py").write_text("raise SystemExit('it was run')")
+        with pytest.raises(ValueError, match="that transformers knows"):
+            planned_model(tmp_path)
+        assert not asked
+
+    def test_architectures_that_are_no_names(self, tmp_path, transformers):
+        small_llama(transformers).config.save_pretrained(tmp_path)
+        usual = planned_model(tmp_path)
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [3]}))
+        assert planned_model(tmp_path).layers == usual.layers
+
+    def test_what_is_not_counted_is_said(self, tmp_path, transformers):
+        small_llama(transformers).config.save_pretrained(tmp_path)
+        assert plan_extraction(tmp_path, speeds=UNIT, tokens=8).notes == ()
+        path = tmp_path / "config.json"
+        more = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+        (note,) = plan_extraction(tmp_path, speeds=UNIT, tokens=8).notes
+        assert note.startswith("the config's quantization is not counted")
+
+    def test_experts_of_a_checkpoint(self, tmp_path):
+        from safetensors.torch import save_file
+
+        save_file({"m.experts.up_proj": torch.ones(3, 8, 6)}, tmp_path / "model.safetensors")
+        plan = plan_extraction(tmp_path, speeds=UNIT, tokens=8)
+        assert any(note.startswith("how many of the experts") for note in plan.notes)
+
+    def test_what_fails_without_data_is_not_logged(self, caplog):
+        model = torch.nn.Sequential(torch.nn.Linear(30, 20))
+        plan_extraction(model, speeds=UNIT, batch=torch.empty(4, 7), tokens=4)
+        assert caplog.records == []
+
 
 class TestCommand:
     def test_prints_the_plan(self, capsys, tmp_path):

@@ -219,18 +219,18 @@ def torchrun_workers() -> Generator[Workers]:
     """
     start = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()
     before = None
-    if start and threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, _ended)
-    if start:
-        if torch.cuda.is_available():
-            local = int(os.environ["LOCAL_RANK"])  # torchrun's
-            torch.cuda.set_device(local % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
+        if start and threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGTERM, _ended)
+        if start:
+            if torch.cuda.is_available():
+                local = int(os.environ["LOCAL_RANK"])  # torchrun's
+                torch.cuda.set_device(local % torch.cuda.device_count())
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         with Workers() as workers:
             yield workers
     finally:
-        if start:
+        if start and dist.is_initialized():
             dist.destroy_process_group()
         if before is not None:
             signal.signal(signal.SIGTERM, before)

@@ -118,6 +118,7 @@ class Product:
         columns: whether tokens are the last dimension of input and output.
         inputs: how many tokens the module was given.
         tokens: which of them each row is of; None where that is not known.
+        sent: which of them are not zero; None where nobody asked for `tokens`.
         hidden: whether gradients are off here, but were on where the module was called.
     """
 
@@ -129,6 +130,7 @@ class Product:
     columns: bool
     inputs: int = 0
     tokens: torch.Tensor | None = None
+    sent: torch.Tensor | None = None
     hidden: bool = False
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -146,6 +148,22 @@ class Product:
             *batch, tokens = self.lead
             return matrix.reshape(*batch, tokens, -1).transpose(-1, -2)
         return matrix.reshape(*self.lead, -1)
+
+    def tokens_of(self, size: int) -> torch.Tensor | None:
+        """Which of the model's `size` tokens each row is of; None where that is not known.
+
+        A module that is given all tokens once for each expert (Llama 4) has them in their order
+        where each token was sent, and is not zero, equally often. In a buffer of places that
+        experts' tokens fill from the front (a capacity), the first places are taken more often,
+        unless every expert in use got all tokens, which are in their order then.
+        """
+        if self.tokens is None or size == self.inputs:
+            return self.tokens
+        experts = len(self.which) if self.every and isinstance(self.which, torch.Tensor) else 0
+        if self.sent is None or self.inputs != size * experts:
+            return None
+        often = self.sent.reshape(-1, size).sum(0)
+        return self.tokens % size if bool((often == often[0]).all()) else None
 
     @property
     def each(self) -> int:

@@ -34,6 +34,8 @@ _SHAPED = frozenset(  # take shape, type and device of a tensor, not its numbers
     "new_full new_tensor".split()
 )
 _AS_ANOTHER = frozenset("to type_as view_as reshape_as expand_as".split())
+_DATA: Any = torch.Tensor.data  # of a type that stubs do not know
+_CUT = (torch.Tensor.detach, torch.detach, _DATA.__get__)
 
 
 @contextlib.contextmanager
@@ -139,6 +141,7 @@ class _Listener(TorchFunctionMode):
         self._module, self._parameters, self._use = module, parameters, use
         self._inputs = 0 if x is None else x[..., 0].numel()
         self._tokens = TokenRows(x) if follow and x is not None else None
+        self._sent = (x.detach() != 0).any(-1).reshape(-1) if follow and x is not None else None
         self._memory = Memory()
         self._known: dict[str, torch.Tensor] = {}
         self._used: set[str] = set()
@@ -152,11 +155,17 @@ class _Listener(TorchFunctionMode):
         name = str(getattr(func, "__name__", func)).partition(".")[0]
         views = [(t, self._memory.find(t)) for t in _all_tensors([*args, *kwargs.values()])]
         used = [(tensor, view) for tensor, view in views if view is not None]
+        versions = [_version(tensor) for tensor, _ in used]
         result = func(*args, **kwargs)
         if not used:
             if self._tokens is not None:
                 self._tokens.follow(name, args, kwargs, result)
             return result
+        changed = versions != [_version(tensor) for tensor, _ in used]
+        # Out of the graph, it does not take part in what is differentiated.
+        if changed or (func in _CUT and torch.is_grad_enabled()):
+            name = "data" if name == "__get__" else name
+            raise self._not_understood(used[0][1].parameter, name)
         found = recognise(name, args, kwargs, result, self._memory)
         if found is not None:
             return self._product(*found, output=result)
@@ -202,8 +211,12 @@ class _Listener(TorchFunctionMode):
         product.inputs = self._inputs
         product.hidden = self._gradients and not torch.is_grad_enabled()
         tokens = None if self._tokens is None else self._tokens.of(x)
-        if tokens is not None and tokens.ndim == output.ndim:
-            product.tokens = product.rows(tokens)[:, 0]
+        if tokens is not None and product.columns and tokens.shape[-2] != 1:
+            tokens = None  # rows are what is summed over
+        if tokens is not None and tokens.ndim <= output.ndim:
+            product.tokens, product.sent = product.rows(tokens)[:, 0], self._sent
+            if not product.columns:
+                tokens = tokens.expand(*product.lead, 1)
         output = self._use(product, x, output)
         if self._tokens is not None:
             self._tokens.put(output, tokens)
@@ -275,6 +288,10 @@ class _Listener(TorchFunctionMode):
             f"layer {self._name(parameter)!r}: expected {type(self._module).__name__} to multiply "
             f"tokens by this parameter or a slice of it, got {got}; {then}"
         )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _all_tensors(values: Sequence[Any]) -> list[torch.Tensor]:

@@ -89,7 +89,8 @@ def extract(
         source: what the matrices are; how the values were computed is added to it.
         output: a file for the finished spectra, which worker 0 writes. Beside it lies
             `<output>.partial` while the work lasts (and `<output>.partial.1` and so on, of other
-            workers); it is saved every few seconds, and when an error or Ctrl-C ends the run.
+            workers); it is saved every few seconds, and when an error or Ctrl-C ends the run
+            (removed then, if `key` is None).
         key: what identifies the matrices, as JSON can hold it. A later run with equal key, options
             and output takes over what the partial files hold; None never resumes.
         workers: who does it, each calling this with the same arguments; by default this process
@@ -144,7 +145,9 @@ def extract(
             spectra.save(output)
         workers.barrier()  # the output is there, and nobody's results are needed any more
     except BaseException:  # Ctrl-C too
-        if partial:
+        if partial and key is None:
+            partial.path.unlink(missing_ok=True)  # no run could resume it
+        elif partial:
             partial.save()
         raise
     if partial:

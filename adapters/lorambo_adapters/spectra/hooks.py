@@ -63,6 +63,7 @@ class _Hooks:
                 self._handles.append(
                     layer.module.register_forward_hook(self._forward(layer), with_kwargs=True)
                 )
+        self._listening.enter_context(_uncompiled())
         self._active = True
         return self
 
@@ -123,14 +124,11 @@ class _Hooks:
                 yield layer, index
                 continue
             rows = torch.arange(len(x), device=x.device)[index]
-            tokens = None
-            if size == product.inputs and product.tokens is not None:
-                tokens = product.tokens[rows]
-            elif product.every and size == product.each:
-                tokens = rows % size
-            elif product.inputs % size or (layer.expert is None and size != product.inputs):
+            other = layer.expert is None and size != product.inputs
+            if product.inputs % size or other:
                 yield layer, index
                 continue
+            tokens = product.tokens_of(size)
             if tokens is None:
                 raise ValueError(
                     f"layer {layer.name!r}: expected calls through which each row's token can be "
@@ -138,7 +136,7 @@ class _Hooks:
                     f"{type(layer.module).__name__}; pass batches without padding, or no mask for "
                     "this layer, to count all tokens"
                 )
-            rows = rows[torch.isin(tokens, kept)]
+            rows = rows[torch.isin(tokens[rows], kept)]
             if len(rows):
                 yield layer, rows
 
@@ -340,6 +338,12 @@ class GradientHooks(_Hooks):
                 g = g if rows is None else g[rows]
             g = g.to(dtype) if self._convert else g
             self._receive(layer, self._inputs(layer, x, rows, dtype), g)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Compiled models run as they are written: their graphs leave out hooks, or keep them."""
+    stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
+    return contextlib.nullcontext() if stance is None else stance("force_eager")
 
 
 class _Tap(torch.autograd.Function):

@@ -113,6 +113,8 @@ class ExactSum:
         """Stand at the beginning of a pass."""
         if number > 1:
             self.carried, self.accumulators = carried, []
+        elif self.carried:
+            self.carried, self.accumulators = [], [torch.zeros_like(self.carried[0])]
 
     def spectrum(self, divisor: float) -> tuple[npt.NDArray[np.float64], float]:
         """All singular values, decomposed in float64; nothing is left out."""

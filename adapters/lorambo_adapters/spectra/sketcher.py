@@ -265,6 +265,7 @@ class GradientSketcher:
         theirs = dict(state["settings"])
         number = theirs["number"]
         self._check_settings({**theirs, "number": self.number}, "load_state_dict")
+        self._hooks.finished.clear()
         for name, sketch in self._sketches.items():
             where = sketch.accumulators[0] if sketch.accumulators else sketch.carried[0]
             sketch.restore(number, [t.to(where, copy=True) for t in state["carried"][name]])

@@ -24,6 +24,10 @@ _ROWWISE = frozenset(
     "to type type_as float double half bfloat16 contiguous clone detach chunk split tensor_split "
     "narrow".split()
 ) | {f"__{side}{name}__" for name in _ARITHMETIC.split() for side in ("", "r", "i")}
+_WRITES = frozenset(
+    "__setitem__ copy_ index_copy_ index_add_ index_put_ scatter_ scatter_add_ masked_scatter_ "
+    "index_reduce_ scatter_reduce_".split()
+)
 _PRODUCTS = ("linear", "matmul", "__matmul__", "mm", "bmm")  # rows are those of the left factor
 
 
@@ -67,8 +71,8 @@ class TokenRows:
         known = [self._tokens[t] for t in _tensors([*args, *kwargs.values()]) if t in self._tokens]
         if not known:
             return
-        if name == "__setitem__":
-            self._tokens.pop(args[0], None)
+        if name in _WRITES:
+            self._forget(args[0])
             return
         if name in _ROWWISE or name.removesuffix("_") in _ROWWISE:
             tokens = known[0] if all(_same(known[0], other) for other in known[1:]) else None
@@ -78,6 +82,12 @@ class TokenRows:
             tokens = self._moved(name, args, kwargs, result)
         for tensor in _tensors(result if isinstance(result, (list, tuple)) else [result]):
             self.put(tensor, tokens)
+
+    def _forget(self, written: torch.Tensor) -> None:
+        """Follow a tensor no more whose rows were written to, nor any that lies in its memory."""
+        place = written.untyped_storage().data_ptr()
+        for tensor in [t for t in self._tokens if t.untyped_storage().data_ptr() == place]:
+            self._tokens.pop(tensor, None)
 
     def _moved(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
@@ -90,13 +100,19 @@ class TokenRows:
         match name:
             case "__getitem__":
                 index = _of_rows(args[1], x.ndim)
-                return None if index is None else tokens[index]
+                fits = tokens.shape[:-1] == x.shape[:-1]
+                return tokens[index] if fits and index is not None else None
             case "unsqueeze" | "squeeze" if len(given) == 1 and isinstance(given[0], int):
                 return getattr(tokens, name)(given[0])
             case "index_select" if _is_zero(args[1] if len(args) > 1 else kwargs.get("dim")):
                 return tokens.index_select(0, args[2] if len(args) > 2 else kwargs["index"])
             case "repeat_interleave" if _is_zero(kwargs.get("dim")):
                 return tokens.repeat_interleave(*args[1:], **kwargs)
+            case "repeat":
+                sizes = given[0] if isinstance(given[0], (tuple, list)) else given
+                return tokens.repeat(*sizes[:-1], 1)
+            case "expand":
+                return tokens.expand(*result.shape[:-1], 1)
             case "reshape" | "view" | "flatten" | "unflatten":
                 rows = tokens.numel() == x[..., 0].numel() == result[..., 0].numel()
                 if rows and tokens.shape[-1] == 1 and result.shape[-1] == x.shape[-1]:
@@ -113,13 +129,14 @@ def _of_rows(index: Any, dimensions: int) -> Any:
         if len(index) == 2 and isinstance(index[1], slice):
             return (...,)
         return index if len(index) == 2 and index[1] is None else None
-    if len(index) == dimensions and isinstance(index[-1], slice):
-        index = index[:-1]
+    taken = sum(each is not None for each in index)
+    if taken == dimensions and isinstance(index[-1], slice):
+        index, taken = index[:-1], taken - 1
     for each in index:
         mask = isinstance(each, torch.Tensor) and each.dtype == torch.bool and each.ndim != 1
-        if mask or not isinstance(each, (int, slice, torch.Tensor)):
+        if mask or not isinstance(each, (int, slice, torch.Tensor, type(None))):
             return None
-    return index if len(index) < dimensions else None
+    return index if taken < dimensions else None
 
 
 def _is_zero(dimension: Any) -> bool:
