@@ -241,7 +241,7 @@ def _traced(
         "in memory their inputs alone, one each (layers with one input share it)"
     )
     if model.module is None:
-        return None, [f"{alone}; a config.json would tell more"]
+        return None, [f"{alone}; its config.json, if there is one, would tell more: plan that file"]
     batch = example_batch(model.module, tokens) if batch is None else batch
     if batch is None:
         return None, [f"{alone}: pass an example as batch= for more"]

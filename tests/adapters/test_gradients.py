@@ -576,6 +576,19 @@ def test_bad_input_is_named():
             gradient_spectra(model, batches, square_loss, **{**options, name: value})
 
 
+def test_curvature_may_be_given_as_it_comes():
+    from lorambo_adapters.spectra.curvature import curvature_factors
+
+    model, batches = wide_mlp(), batches_of(2)
+    options: Any = {"targets": ["0", "3"]}
+    factors = curvature_factors(model, batches, lambda m, x: m(x).square().sum(1), **options)
+    whitened = gradient_spectra(model, batches, square_loss, curvature=factors, **options)
+    pairs = factors.whitenings()
+    expected = gradient_spectra(model, batches, square_loss, curvature=pairs, **options)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(whitened[name], values)
+
+
 def test_typical_slips_are_named():
     transformers = pytest.importorskip("transformers", reason="transformers is absent")
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)

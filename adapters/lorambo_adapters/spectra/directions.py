@@ -87,7 +87,8 @@ class Coupled(NamedTuple):
             rho: added to the curvature of each candidate; of unit order for whitened candidates.
 
         Returns:
-            Curves by layer, not decreasing; not concave in general.
+            Curves by layer, not decreasing; not concave in general. They know no shapes, so give
+            `allocate` its `shapes=` too: {layer.name: layer.shape for layer in find_layers(model)}.
 
         Raises:
             ValueError: rho is negative or not finite.
@@ -193,7 +194,8 @@ def coupled_directions(
             if layer.kind == "expert":
                 raise ValueError(
                     f"layer {layer.name!r}: expected layers that all tokens pass, got an expert, "
-                    "of whose tokens the samples are not known; leave it out of the targets"
+                    "of whose tokens the samples are not known; pass targets=[layer for layer in "
+                    "find_layers(model) if layer.kind != 'expert']"
                 )
         batches = for_passes(batches, 2)
         directions = candidate_directions(

@@ -75,6 +75,9 @@ class Workers:
         workers.index, workers.count = 0, 1
         return workers
 
+    def __repr__(self) -> str:
+        return f"Workers(index={self.index}, count={self.count})"
+
     def __enter__(self) -> Workers:
         if self.count > 1:
             with self._told():
@@ -215,7 +218,15 @@ def torchrun_workers() -> Generator[Workers]:
     `WorkerLost`, so that they can keep what they have done.
 
     Yields:
-        The workers.
+        The workers: `index` is this one's place, `count` how many there are.
+
+    Example:
+        >>> with torchrun_workers() as workers:  # in a program that torchrun starts, or alone
+        ...     batches = ["first", "second"][workers.index :: workers.count]
+        ...     # spectra = gradient_spectra(model, batches, workers=workers)
+        ...     # if workers.index == 0: spectra.save(path)
+        >>> batches
+        ['first', 'second']
     """
     start = dist.is_available() and dist.is_torchelastic_launched() and not dist.is_initialized()
     before = None

@@ -30,6 +30,7 @@ from lorambo_adapters.spectra.decompose import decompose
 from lorambo_adapters.spectra.distributed import Workers
 from lorambo_adapters.spectra.sketch import Whitening
 from lorambo_adapters.spectra.sketcher import GradientSketcher, positive_scale
+from lorambo_adapters.spectra.whitening import Curvature
 from lorambo_alloc import Spectra
 
 Loss: TypeAlias = Callable[[torch.nn.Module, Any], torch.Tensor]
@@ -41,7 +42,7 @@ def gradient_spectra(
     batches: Iterable[Any],
     loss_fn: Loss | None = None,
     rank: int = 64,
-    curvature: Mapping[str, Whitening] | None = None,
+    curvature: Mapping[str, Whitening] | Curvature | None = None,
     targets: LayerTargets = "all-linear",
     *,
     passes: int = 3,
@@ -77,8 +78,8 @@ def gradient_spectra(
         loss_fn: `loss_fn(model, batch)` gives the mean loss of a batch, a scalar. By default
             `model(**batch).loss`, as transformers have it. All batches have the same weight.
         rank: at most this many values a layer. Every sketch has the width s = max(rank, 16).
-        curvature: layer to (A^-1/2, B^-1/2): the spectra are those of B^-1/2 G A^-1/2
-            (`GradientSketcher`).
+        curvature: from `curvature_factors`, or layer to (A^-1/2, B^-1/2): the spectra are those of
+            B^-1/2 G A^-1/2 (`GradientSketcher`); `curvature_spectra` has them in units of the loss.
         targets: which layers, as PEFT's `target_modules`, or from `find_layers`.
         passes: how often to run through the batches; a single time if all layers are so small that
             their gradients are summed exactly.

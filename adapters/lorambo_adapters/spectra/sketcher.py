@@ -32,6 +32,7 @@ from lorambo_adapters.spectra.sketch import (
     Whitening,
 )
 from lorambo_adapters.spectra.sketch_sizes import gaussian_columns, is_summed_exactly
+from lorambo_adapters.spectra.whitening import Curvature
 from lorambo_alloc import Spectra
 from lorambo_alloc.costs import whole_number
 
@@ -65,8 +66,8 @@ class GradientSketcher:
         rank: at most this many values a layer.
         targets: which layers, as PEFT's `target_modules`, or from `find_layers`.
         curvature: layer to (A^-1/2, B^-1/2), symmetric matrices k x k and d x d, or 1-D diagonals,
-            or None for the identity: the spectra are those of B^-1/2 G A^-1/2. Test matrices and
-            sums are multiplied by them, never the tokens. None: of G.
+            or None for the identity; or a `Curvature`: the spectra are those of B^-1/2 G A^-1/2.
+            Test matrices and sums are multiplied by them, never the tokens. None: of G.
         width: s, by default the rank but at least 16.
         passes: how often all batches will be run through. One pass gives 3 s / 4 values from a
             two-sided sketch, which are coarse where the spectrum is flat (see `gradient_spectra`);
@@ -94,7 +95,7 @@ class GradientSketcher:
         *,
         rank: int = 64,
         targets: LayerTargets = "all-linear",
-        curvature: Mapping[str, Whitening] | None = None,
+        curvature: Mapping[str, Whitening] | Curvature | None = None,
         width: int | None = None,
         passes: int = 1,
         seed: int = 0,
@@ -102,6 +103,8 @@ class GradientSketcher:
         rank = whole_number(rank, "rank", 1)
         width = max(rank, 16) if width is None else whole_number(width, "width", 4)
         passes = whole_number(passes, "passes", 1)
+        if isinstance(curvature, Curvature):
+            curvature = curvature.whitenings()
         self.layers = find_layers(model, targets)
         self.rank, self.width, self.passes, self.seed = rank, width, passes, seed
         self.batches = 0

@@ -278,7 +278,7 @@ def _files(path: Path) -> tuple[Path | None, list[Path]]:
             if found:
                 return None, whole or found
         others = sorted(f.name for f in path.glob("adapter_model.*"))
-        hint = f", only {others[0]}, which is an adapter" if others else ""
+        hint = f", only {others[0]}, which is an adapter (lora_spectra reads it)" if others else ""
         raise ValueError(
             f"{path}: expected *.safetensors or *.bin files of a model, got none{hint}"
         )
