@@ -17,7 +17,8 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lorambo_adapters.plan_layers import PlannedLayer
-from lorambo_adapters.spectra import decompose as decomposing
+from lorambo_adapters.spectra.block_krylov import largest_basis, multiplied, orthonormal
+from lorambo_adapters.spectra.decompose import arithmetic, decompose, exact_method, is_exact
 from lorambo_adapters.spectra.gaussians import Gaussians
 from lorambo_adapters.spectra.inputs import DenseInputs, may_round, sum_dtype
 from lorambo_adapters.spectra.sketch import ExactSum, SubspaceSketch, TwoSidedSketch
@@ -150,18 +151,18 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 def _exact(method: str, layers: Sequence[PlannedLayer], device: torch.device) -> float:
     """Of the largest shape that takes this method, or else one that would, cut to a fair size."""
-    shapes = [s.shape for s in layers if decomposing.exact_method(s.shape) == method]
+    shapes = [s.shape for s in layers if exact_method(s.shape) == method]
     longest = {"svdvals": 1.0, "qr": 4.0, "gram": 16.0}[method]
     if shapes:
-        shape = max(shapes, key=lambda shape: decomposing.arithmetic(shape, None))
+        shape = max(shapes, key=lambda shape: arithmetic(shape, None))
         side, aspect = min(shape), max(shape) / min(shape)
     else:
         side, aspect = 256, longest
     side = min(side, _SVD_SIDE if method == "svdvals" else _EIGEN_SIDE)
     shape = max(1, math.floor(side * aspect)), side
     matrix = torch.randn(shape, device=device).to(torch.float64)
-    amount = decomposing.arithmetic(shape, None)
-    return amount / _seconds(lambda: decomposing.decompose(matrix), device)
+    amount = arithmetic(shape, None)
+    return amount / _seconds(lambda: decompose(matrix), device)
 
 
 def _krylov(
@@ -171,18 +172,18 @@ def _krylov(
     inexact = [
         layer
         for layer in layers
-        if values is not None and not decomposing.is_exact(layer.shape, values, exact_below)
+        if values is not None and not is_exact(layer.shape, values, exact_below)
     ]
     shape = max(inexact, key=lambda layer: layer.size).shape if inexact else (256, 256)
-    most, block = decomposing.largest_basis(min(shape), values or 16)
+    most, block = largest_basis(min(shape), values or 16)
     share = min(1.0, _SIDE / max(shape))
     d, k = (max(block, math.floor(side * share)) for side in shape)
     matrix = torch.randn(d, k, device=device)
     rows = torch.randn(block, k, device=device)
     before = torch.linalg.qr(torch.randn(k, min(most // 2, k - 1), device=device))[0].T.contiguous()
     generator = torch.Generator().manual_seed(0)
-    spent = _seconds(lambda: decomposing._products(matrix, rows), device)
-    kept = _seconds(lambda: decomposing._orthonormal(rows, before, generator), device)
+    spent = _seconds(lambda: multiplied(matrix, rows), device)
+    kept = _seconds(lambda: orthonormal(rows, before, generator), device)
     return 4.0 * d * k * block / spent, 8.0 * block * k * (len(before) + block) / kept
 
 

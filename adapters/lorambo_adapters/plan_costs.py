@@ -23,11 +23,11 @@ from lorambo_adapters.calibration import Speeds
 from lorambo_adapters.plan_layers import PlannedLayer
 from lorambo_adapters.plan_trace import Run, Trace
 from lorambo_adapters.spectra.activations import EXACT_SIDE
+from lorambo_adapters.spectra.block_krylov import largest_basis
 from lorambo_adapters.spectra.decompose import (
     arithmetic,
     exact_method,
     is_exact,
-    largest_basis,
     working_memory,
 )
 from lorambo_adapters.spectra.inputs import sum_dtype

@@ -75,7 +75,7 @@ def add_compress(app: typer.Typer) -> None:
         json_file: Json = None,
     ) -> None:
         """Make a trained LoRA smaller, with the least loss for all layers together."""
-        with _writing(lora, output):
+        with _writing(output):
             from lorambo_adapters.ranks.compress import compress as run
 
             result = run(
@@ -142,7 +142,7 @@ def add_extract(app: typer.Typer) -> None:
 
         A run that was stopped continues where it was, if started again in the same way.
         """
-        with _writing(tuned, output):
+        with _writing(output):
             # First, as its error names the extra where torch is absent.
             from lorambo_adapters.ranks.extract import extract_lora
 
@@ -169,10 +169,10 @@ def add_extract(app: typer.Typer) -> None:
 
 
 @contextmanager
-def _writing(file: Path, output: Path) -> Iterator[None]:
+def _writing(output: Path) -> Iterator[None]:
     """Refuse what a user can put right, and say how to go on after Ctrl-C."""
     try:
-        with refusing(file):
+        with refusing(output):  # an error without a file's name is one of writing: a full disk
             yield
     except Refusal as refusal:
         # There are several files: the error knows which it was about.

@@ -115,7 +115,7 @@ def everything_that_counts(model, optimizer=None):
         found[f"{name}: grad"] = None if parameter.grad is None else parameter.grad.clone()
         found[f"{name}: settings"] = (parameter.requires_grad, parameter.dtype, id(parameter))
     for path, module in model.named_modules():
-        if hasattr(module, "scaling"):
+        if hasattr(module, "lora_A"):
             found[path] = dict(module.scaling), dict(module.r), dict(module.lora_alpha)
         found[f"{path}: type"] = type(module)
     found["config"] = repr(model.peft_config)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from lorambo_adapters.spectra import curvature_files  # noqa: E402  (needs torch)
 from lorambo_adapters.spectra.curvature import curvature_factors  # noqa: E402
+from lorambo_adapters.spectra.kronecker import Curvature  # noqa: E402
 from lorambo_adapters.spectra.loss_units import curvature_spectra  # noqa: E402
-from lorambo_adapters.spectra.whitening import Curvature  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

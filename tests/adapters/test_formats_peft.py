@@ -307,6 +307,38 @@ def test_what_a_tool_has_made_otherwise_is_found():
             made.check(allocation, scale=scale)
 
 
+CONFIGURED = [
+    {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    {"target_modules": ["v_proj", "model.layers.0.self_attn.q_proj"], "layers_to_transform": [1]},
+    {"target_modules": r".*\.q_proj", "exclude_modules": r".*\.1\..*"},
+    {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["0.self_attn.q_proj"]},
+    {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["mlp"]},
+]
+
+
+@pytest.mark.parametrize("entries", CONFIGURED)
+def test_configurations_are_read_as_peft_reads_them(entries):
+    model = base("llama")
+    made = with_adapters(base("llama"), {"r": 4, **entries})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=4, **entries)
+    found = ranks_of(config, modules=model)
+    assert dict(found) == dict(ranks_of(made))
+    assert dict(ranks_of(config, modules=[name for name, _ in model.named_modules()])) == found
+
+
+def test_configurations_that_make_other_modules_are_refused():
+    config = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    with pytest.raises(ValueError, match="layer_replication: expected"):
+        ranks_of({**config, "layer_replication": [[0, 2], [1, 2]]}, modules=base("llama"))
+    with pytest.raises(ValueError, match="module 'gate': expected PEFT to take"):
+        ranks_of({**config, "target_modules": ["q_proj", "gate"]}, modules=base("qwen3_moe"))
+
+
 PARTS = ("layers", "1", "11", "q", "q+", "(q|0)", "[01]", "^q", "q$", "a-b", "é", "\\d", "1\\")
 
 

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 
+from lorambo_adapters.spectra.kronecker import Curvature  # noqa: E402
 from lorambo_adapters.spectra.low_rank import (  # noqa: E402  (needs torch)
     LowRankUpdate,
     low_rank_spectra,
     product_values,
     refuse,
 )
-from lorambo_adapters.spectra.whitening import Curvature, Factors, SymmetricFactor  # noqa: E402
+from lorambo_adapters.spectra.whitening import Factors, SymmetricFactor  # noqa: E402
 
 EPS = 2.0**-52
 SIDES = st.integers(1, 12)

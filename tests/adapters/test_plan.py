@@ -16,8 +16,9 @@ from lorambo_adapters.layers import find_layers  # noqa: E402
 from lorambo_adapters.plan import plan_extraction  # noqa: E402
 from lorambo_adapters.plan_layers import PlannedLayer, planned_model  # noqa: E402
 from lorambo_adapters.plan_trace import trace  # noqa: E402
+from lorambo_adapters.spectra.block_krylov import largest_basis  # noqa: E402
 from lorambo_adapters.spectra.curvature import MomentSums  # noqa: E402
-from lorambo_adapters.spectra.decompose import decompose, largest_basis  # noqa: E402
+from lorambo_adapters.spectra.decompose import decompose  # noqa: E402
 from lorambo_adapters.spectra.sketch_sizes import sketch_numbers  # noqa: E402
 from lorambo_adapters.spectra.sketcher import GradientSketcher  # noqa: E402
 
@@ -186,16 +187,16 @@ class TestMemory:
 
     @pytest.mark.parametrize("rank", [8, 16, 32])
     def test_block_krylov_keeps_to_its_largest_basis(self, monkeypatch, rank):
-        from lorambo_adapters.spectra import decompose as module
+        from lorambo_adapters.spectra import block_krylov as module
 
         sizes = []
-        original = module._orthonormal
+        original = module.orthonormal
 
         def seen(rows, basis, generator):
             sizes.append(len(rows) + len(basis))
             return original(rows, basis, generator)
 
-        monkeypatch.setattr(module, "_orthonormal", seen)
+        monkeypatch.setattr(module, "orthonormal", seen)
         decompose(torch.randn(300, 400), rank, exact_below=0, tolerance=0.0)
         basis, block = largest_basis(300, rank)
         assert sizes[0] == block

@@ -349,3 +349,29 @@ def test_a_real_model_at_its_own_size(tmp_path):
     torch.testing.assert_close(
         other(ids).last_hidden_state, model(ids).last_hidden_state, rtol=0, atol=2e-5
     )
+
+
+def test_a_model_around_the_one_with_the_configuration_is_refused():
+    model = plain()
+    for around, name in (
+        (torch.nn.Sequential(model), "0.base_model.model.first"),
+        (model.base_model, "model.first"),
+    ):
+        before = everything_that_counts(model)
+        with pytest.raises(ValueError, match="model: expected the one that has PEFT's config"):
+            resize(around, {name: 2})
+        assert_same(before, everything_that_counts(model))
+        resize(around, {name: 3}, mode="mask")  # which leaves the configuration as it is
+
+
+def test_data_parallel_has_the_configuration_of_the_model_inside():
+    model = plain()
+    resize(torch.nn.DataParallel(model), {"first": 2})
+    assert model.peft_config["default"].rank_pattern == {"^first": 2}
+
+
+def test_a_calculated_factor_is_refused():
+    model = plain()
+    torch.nn.utils.parametrizations.weight_norm(model.base_model.model.first.lora_A["default"])
+    with pytest.raises(ValueError, match=r"'first': expected A to be a parameter, got one that is"):
+        resize(model, {"second": 2})

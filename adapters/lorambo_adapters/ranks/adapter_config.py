@@ -66,6 +66,9 @@ def peft_entries(
         "rank_pattern": {keys[name]: ranks[name] for name in others},
         "alpha_pattern": {keys[name]: alphas[name] for name in others},
     }
+    if entries.get("init_lora_weights") == "orthogonal" and any(n % 2 for n in ranks.values()):
+        # How it began; when PEFT loads the adapter, it would refuse odd ranks on account of it.
+        result["init_lora_weights"] = True
     if left_out:
         every = {**ranks, **dict.fromkeys(left_out, 0)}
         targets = to_peft(every, target_parameters=sorted(parameters))

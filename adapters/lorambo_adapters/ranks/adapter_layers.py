@@ -168,6 +168,10 @@ def _problems(layer: AdapterLayer) -> Iterator[str]:
         yield f"{where}: expected a plain LoRA or a DoRA, got {variant}"
         return
     for side in SIDES:
+        mapping, key = layer.holder(side)
+        if key not in mapping:
+            yield f"{where}: expected {side} to be a parameter, got one that is calculated"
+            return
         weight = layer.parameter(side)
         if type(weight) is not torch.nn.Parameter and not is_sharded(weight):
             kind = type(weight).__name__

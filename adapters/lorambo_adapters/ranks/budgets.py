@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from lorambo_adapters.arguments import budget_from
 from lorambo_alloc.costs import UniformRank, whole_number
@@ -75,6 +77,49 @@ def parsed(budget: Budget) -> int | UniformRank | Share | Bytes | Energy:
     elif not isinstance(budget, UniformRank):
         return whole_number(budget, "budget (in parameters, or a share up to 1.0)", 0)
     return budget
+
+
+def energy_target(
+    energy: Energy,
+    spectra: Mapping[str, Any],
+    unresolved: float | Fraction,
+    limits: Mapping[str, Any],
+) -> float:
+    """The value of the gains (sums of squares) that ranks have to reach to keep the energy.
+
+    Args:
+        energy: the share.
+        spectra: layer to its singular values, descending.
+        unresolved: energy that these do not show.
+        limits: of `allocate`: "objective", "weights", "max_rank" (of all, or by layer) and
+            "multiple_of".
+
+    Returns:
+        The target, rounded down.
+
+    Raises:
+        ValueError: gains are not energies, or the limits leave less than the share.
+    """
+    if limits["objective"] != "frobenius" or limits["weights"] is not None:
+        raise ValueError(
+            "budget: a share of the energy needs the objective 'frobenius', unweighted"
+        )
+    most, step = limits["max_rank"], whole_number(limits["multiple_of"], "multiple_of", 1)
+    total, attainable = Fraction(unresolved), Fraction(0)
+    for name, values in spectra.items():
+        parts = [Fraction(float(value) * float(value)) for value in values]  # as gains have it
+        top = most[name] if isinstance(most, Mapping) else most
+        total += sum(parts)
+        attainable += sum(parts[: min(top, len(parts)) // step * step])
+    target = energy.share * total
+    if target > attainable:
+        raise ValueError(
+            f"budget: expected a share of the energy up to {float(attainable / total)!r}, which "
+            f"the limits on ranks allow, got {float(energy.share)!r}; raise max_rank or lower "
+            "multiple_of"
+        )
+    value = float(target)
+    return value if Fraction(value) <= target else math.nextafter(value, -math.inf)
 
 
 def _from_text(text: str) -> int | UniformRank | Share | Bytes | Energy:

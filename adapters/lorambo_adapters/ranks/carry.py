@@ -154,6 +154,37 @@ def carried(
     return layer.tensor(side, torch.stack(parts), tensor)
 
 
+def carried_moments(
+    layer: AdapterLayer,
+    moves: Sequence[Move],
+    side: Side,
+    state: Mapping[str, torch.Tensor],
+    laws: Mapping[str, Law],
+) -> dict[str, torch.Tensor]:
+    """What an optimizer keeps of a factor, at the new ranks.
+
+    A centred RMSprop divides by the root of `square_avg` - `grad_avg`^2, an estimate of a variance.
+    Without cross terms the new square can be below the new mean's own, and the root be NaN. So
+    where directions are combined, the variances follow by the law of squares, and the square is
+    their sum with the new mean's.
+
+    Args:
+        layer: the layer.
+        moves: of its experts.
+        side: which factor.
+        state: the factor's entries.
+        laws: of the entries that follow, as `moment_laws` finds them.
+    """
+    moments = {key: carried(layer, moves, side, state[key], law) for key, law in laws.items()}
+    if {"square_avg", "grad_avg"} <= laws.keys() and any(move.rotates for move in moves):
+        spread = (state["square_avg"] - state["grad_avg"].square()).clamp(min=0)
+        square = moments["grad_avg"].square()
+        # Rounding is not to put it below the square, either.
+        square *= 1 + 2 * torch.finfo(square.dtype).eps
+        moments["square_avg"] = carried(layer, moves, side, spread, "square") + square
+    return moments
+
+
 def change(
     layer: AdapterLayer,
     moves: Sequence[Move],

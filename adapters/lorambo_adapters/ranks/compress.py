@@ -19,7 +19,14 @@ except ModuleNotFoundError as missing:
 
 from lorambo_adapters.progress import progress_bar
 from lorambo_adapters.ranks.adapter_config import peft_entries
-from lorambo_adapters.ranks.budgets import Budget, Bytes, Energy, Share, parsed
+from lorambo_adapters.ranks.budgets import (
+    Budget,
+    Bytes,
+    Energy,
+    Share,
+    energy_target,
+    parsed,
+)
 from lorambo_adapters.ranks.lora_metadata import new_metadata, read_metadata
 from lorambo_adapters.ranks.lora_result import LoraResult
 from lorambo_adapters.ranks.lora_rewrite import FileLayer, Rewrite, Weights, file_layers
@@ -64,7 +71,8 @@ def compress(
     sqrt(rank) with `use_rslora`); a stored alpha is rounded to its type, and B takes up the
     difference. Layers whose rank does not change keep their tensors to the bit. Layers of rank 0
     are left out, and PEFT's configuration then aims at the names of the others. What is no layer's
-    factor (`modules_to_save`, embeddings) is copied.
+    factor (`modules_to_save`, embeddings, biases of the model) is copied, under the name that PEFT
+    looks for where the layer is left out.
 
     Of a folder, the adapter's two files are written, and no others that lie there. Metadata is
     kept, but for kohya's and the modelspec's hashes of the old tensors. The file's
@@ -106,7 +114,9 @@ def compress(
         FileNotFoundError: there is no such LoRA, or no folder for the output.
         FileExistsError: the output is to be a folder, and there is one that is not empty.
         ValueError: the LoRA is of another kind (LoHa, AdaLoRA, DoRA, Tucker form ...) or damaged,
-            an argument is not of its form, or the budget buys no rank at all.
+            its initialisation changed the base model (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ), an
+            argument is not of its form, factors leave the range of their type (`fold_scale`), or
+            the budget buys no rank at all.
         InfeasibleError: the least ranks cost more than the budget (a `ValueError`).
 
     Example:
@@ -122,7 +132,12 @@ def compress(
                 [0., 0., 4.]])
     """
     wanted = parsed(budget)
+    if not isinstance(lora, str | os.PathLike | Mapping):
+        raise ValueError(
+            f"expected a path or a state dict, got {type(lora).__name__}: save a live model first"
+        )
     file = LoraFile(lora if isinstance(lora, Mapping) else Path(lora))
+    _refuse_changed_bases(file)
     layers = file_layers(file, keep_magnitude)
     in_folder = "" in file.configs and not isinstance(lora, Mapping)
     path = None if output is None else _checked_output(Path(output), in_folder)
@@ -144,9 +159,15 @@ def compress(
     }
     allocation, certificate = _solved(spectra, wanted, total, constant, limits)
     if not allocation.ranks.any():
+        cheapest = min(costs[n] + fixed[n] for n in costs)
+        if allocation.budget >= cheapest:
+            raise ValueError(
+                f"{file.label}: expected an update that is not zero in a layer that may have a "
+                "rank, got none: the LoRA was not trained, or the limits leave nothing of it"
+            )
         raise ValueError(
             f"budget {budget!r}: expected at least one rank to fit, got {allocation.budget:,} "
-            f"where the cheapest costs {min(costs[n] + fixed[n] for n in costs):,}"
+            f"where the cheapest costs {cheapest:,}"
         )
     new = Rewrite(
         file, layers, allocation, curvature=curvature, fold_scale=fold_scale, device=device
@@ -197,6 +218,23 @@ def compress(
         tensors,
         configs.get("", {}),
     )
+
+
+def _refuse_changed_bases(file: LoraFile) -> None:
+    """Refuse adapters whose base model PEFT changes by their ranks when it loads them.
+
+    Raises:
+        ValueError: the configuration has such an initialisation.
+    """
+    for config in file.configs.values():
+        if config.changed_base is not None:
+            raise ValueError(
+                f"{file.label}: expected an adapter of unchanged weights, got init_lora_weights="
+                f"{config.changed_base!r}: PEFT takes the first components of each weight out of "
+                "it when it loads the adapter, as many as the adapter has ranks, and so others "
+                "after compression. Save it with path_initial_model_for_weight_conversion (which "
+                "makes a LoRA of it), or with the changed base model and init_lora_weights=True"
+            )
 
 
 def _checked_output(path: Path, in_folder: bool) -> Path:
@@ -276,7 +314,8 @@ def _solved(
     limits: dict[str, Any],
 ) -> tuple[Allocation, Certificate | BudgetCertificate]:
     if isinstance(wanted, Energy):
-        cheapest = minimize_budget(spectra, float(wanted.share), **limits)
+        target = energy_target(wanted, spectra, 0.0, limits)
+        cheapest = minimize_budget(spectra, value=target, **limits)
         return cheapest.allocation, cheapest.certificate
     if isinstance(wanted, Share):
         wanted = math.floor(wanted.share * total)

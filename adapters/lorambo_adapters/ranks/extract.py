@@ -20,7 +20,14 @@ except ModuleNotFoundError as missing:
 
 from lorambo_adapters.progress import progress_bar
 from lorambo_adapters.ranks.adapter_config import peft_entries
-from lorambo_adapters.ranks.budgets import Budget, Bytes, Energy, Share, parsed
+from lorambo_adapters.ranks.budgets import (
+    Budget,
+    Bytes,
+    Energy,
+    Share,
+    energy_target,
+    parsed,
+)
 from lorambo_adapters.ranks.extract_parts import FactorParts, LayerFactors
 from lorambo_adapters.ranks.extract_targets import (
     Stored,
@@ -45,6 +52,7 @@ from lorambo_alloc import (
     allocate,
     minimize_budget,
 )
+from lorambo_alloc.costs import UniformRank, whole_number
 from lorambo_alloc.objectives import Objective
 
 _PREFIX = "base_model.model."
@@ -104,7 +112,8 @@ def extract_lora(
         objective: as `allocate` takes it.
         weights: layer to a factor >= 0 on its gains.
         min_rank: the least rank of every layer.
-        max_rank: the greatest rank of any layer; the spectra hold as many values.
+        max_rank: the greatest rank of any layer; the spectra hold as many values. A larger uniform
+            rank as the budget is refused.
         multiple_of: ranks are multiples of this.
         time_limit: seconds after which the allocation stops with a certified gap.
         scale: of every layer: B A is the difference over it, and alpha = scale x rank.
@@ -142,6 +151,7 @@ def extract_lora(
     wanted = parsed(budget)
     if not (math.isfinite(scale) and scale != 0):
         raise ValueError(f"scale: expected a finite number that is not 0, got {scale!r}")
+    max_rank = whole_number(max_rank, "max_rank", 1)
     check_stored(base, tuned)
     path = None if output is None else Path(output)
     if path is not None:
@@ -177,7 +187,7 @@ def extract_lora(
         if not ranks:
             raise ValueError(
                 f"budget {budget!r}: expected at least one rank to fit and to gain something, got "
-                "none"
+                f"none; the cheapest costs {int(allocation.problem.costs.min()):,}"
             )
         matrices = {m.name: m for m in differences(before, after, max_rank, exact_below, device)}
         work = {n: arithmetic(matrices[n].shape, r, exact_below) for n, r in ranks.items()}
@@ -252,20 +262,18 @@ def _solved(
 ) -> tuple[Allocation, Certificate | BudgetCertificate]:
     assert spectra.shapes is not None
     shapes = spectra.shapes
+    most = limits["max_rank"]
+    if isinstance(wanted, UniformRank) and any(
+        min(wanted.rank, *shape) > most for shape in shapes.values()
+    ):
+        raise ValueError(
+            f"budget: expected a uniform rank up to max_rank, which is {most}, got {wanted.rank}; "
+            "raise max_rank"
+        )
     if isinstance(wanted, Energy):
-        if limits["objective"] != "frobenius" or limits["weights"] is not None:
-            raise ValueError("budget: a share of the energy needs the objective 'frobenius'")
-        squares = [Fraction(float(v)) ** 2 for values in spectra.values() for v in values]
-        resolved = sum(squares, Fraction(0))
         left = sum(map(Fraction, spectra.unresolved.values()), Fraction(0))
-        target = wanted.share * (resolved + left)
-        if target > resolved:
-            raise ValueError(
-                "budget: expected a share of the energy up to "
-                f"{float(resolved / (resolved + left))!r}, which ranks up to "
-                f"{limits['max_rank']} hold, got {float(wanted.share)!r}; raise max_rank"
-            )
-        cheapest = minimize_budget(spectra, value=float(target), **limits)
+        target = energy_target(wanted, spectra, left, limits)
+        cheapest = minimize_budget(spectra, value=target, **limits)
         return cheapest.allocation, cheapest.certificate
     if isinstance(wanted, Share):
         wanted = math.floor(wanted.share * sum(d * k for d, k in shapes.values()))
@@ -293,6 +301,11 @@ def _factors(
     except ValueError as error:
         raise ValueError(f"layer {matrix.name!r} of {matrix.files}: {error}") from error
     left, right = (left / scale).to(dtype), right.to(dtype)
+    if not bool(torch.isfinite(left).all() & torch.isfinite(right).all()):
+        raise ValueError(
+            f"layer {matrix.name!r}: expected factors in the range of {dtype}, got an overflow "
+            f"with scale {scale!r}; give another dtype or scale"
+        )
     distance = residual(difference, left.to(torch.float64) * scale, right.to(torch.float64))
     if flipped:
         left, right = right.T, left.T

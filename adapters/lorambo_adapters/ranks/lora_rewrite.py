@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 try:
@@ -86,6 +86,16 @@ def file_layers(file: LoraFile, keep_magnitude: bool) -> list[FileLayer]:
     return sorted(layers, key=lambda layer: order[layer.updates[0].name])
 
 
+def _unwrapped(key: str, left_out: Container[str]) -> str:
+    """The key of a module's own tensor once the module has no adapter.
+
+    PEFT keeps the module of an adapted layer in "base_layer", and so are the names of what is
+    stored of it: a bias that was trained, an embedding table.
+    """
+    name, inner, tensor = key.rpartition(".base_layer.")
+    return f"{name}.{tensor}" if inner and name in left_out else key
+
+
 class Rewrite:
     """A LoRA file's tensors at new ranks.
 
@@ -124,7 +134,10 @@ class Rewrite:
         self._last: tuple[str, dict[str, torch.Tensor]] = "", {}
         self._of: dict[str, tuple[FileLayer, int]] = {}  # what has to be made, by key
         self._alphas: dict[str, torch.Tensor] = {}
-        kept = {key: planned_as(file.infos[key]) for key in file.others}
+        self._biases: dict[str, float] = {}  # factors by which biases are stored otherwise
+        left_out = {layer.raw for layer in layers if ranks[layer.names[0]] == 0}
+        self._others = {_unwrapped(key, left_out): key for key in file.others}
+        kept = {key: planned_as(file.infos[old]) for key, old in self._others.items()}
         for layer in layers:
             rank = ranks[layer.names[0]]
             if rank == 0:
@@ -155,6 +168,8 @@ class Rewrite:
                     self._of[key] = layer, rank
                 self.planned[key] = plan
             self.scales[layer.raw] = scale
+            if "bias" in layer.keys:  # PEFT scales it with B A
+                self._biases[layer.keys["bias"]] = old / scale
         self.planned |= kept
 
     def make(self, key: str) -> torch.Tensor:
@@ -165,8 +180,11 @@ class Rewrite:
         """
         if key in self._alphas:
             return self._alphas[key]
+        if key in self._biases:
+            bias = self._file.read(key)
+            return (bias.to(torch.float64) * self._biases[key]).to(bias)
         if key not in self._of:
-            return self._file.read(key)
+            return self._file.read(self._others.get(key, key))
         layer, rank = self._of[key]
         if self._last[0] != layer.raw:
             self._last = layer.raw, self._factors(layer, rank)
@@ -175,8 +193,8 @@ class Rewrite:
     def _factors(self, layer: FileLayer, rank: int) -> dict[str, torch.Tensor]:
         """The new factors of a layer, by key."""
         keys, count = layer.keys, len(layer.updates)
-        new_b = torch.empty(self.planned[keys["B"]].shape, dtype=self.planned[keys["B"]].dtype)
-        new_a = torch.empty(self.planned[keys["A"]].shape, dtype=self.planned[keys["A"]].dtype)
+        new_b = torch.zeros(self.planned[keys["B"]].shape, dtype=self.planned[keys["B"]].dtype)
+        new_a = torch.zeros(self.planned[keys["A"]].shape, dtype=self.planned[keys["A"]].dtype)
         rows_b, rows_a = new_b.view(len(new_b), -1), new_a.view(len(new_a), -1)
         first = layer.raw not in self._seen
         self._seen.add(layer.raw)
@@ -195,6 +213,12 @@ class Rewrite:
             # As `LoraFile` reads them: an expert's rows of A together, its columns of B apart.
             rows_b[:, i::count] = b.to(rows_b)
             rows_a[i * rank : (i + 1) * rank] = a.to(rows_a)
+            for part, rows in (("A", rows_a), ("B", rows_b)):
+                if not bool(torch.isfinite(rows).all()):
+                    raise ValueError(
+                        f"layer {update.name!r}: expected a factor {part} in the range of "
+                        f"{rows.dtype}, got an overflow; leave the scale out of it"
+                    )
             if first:
                 stored = rows_b[:, i::count].to(torch.float64) * self.scales[layer.raw]
                 a = rows_a[i * rank : (i + 1) * rank].to(torch.float64)

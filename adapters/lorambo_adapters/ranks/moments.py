@@ -33,7 +33,8 @@ def moment_laws(
     - "square": a running mean (or sum, or maximum) of squared gradients, element by element. With
       g' = P^T g, E[g'_i^2] = sum_a P_ai^2 E[g_a^2] + cross terms that the optimizer has not kept;
       they are left out. Exact where directions are kept as they are, otherwise as if the gradients
-      of different directions were uncorrelated.
+      of different directions were uncorrelated. Where a centred RMSprop keeps the mean of the
+      gradients too, this is said of the variances alone (`carried_moments`).
 
     Args:
         optimizer: with `state`, a mapping from parameters to their entries.
@@ -82,7 +83,8 @@ def holds(optimizer: Any, parameters: set[int]) -> bool:
     """Whether one of these parameters, by id, is in a group of the optimizer.
 
     Raises:
-        ValueError: this is no optimizer, or one that keeps its parameters elsewhere too (L-BFGS).
+        ValueError: this is no optimizer, or one that keeps its parameters elsewhere too (L-BFGS, or
+            one around another that has the state).
     """
     if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
         raise ValueError(
@@ -93,6 +95,17 @@ def holds(optimizer: Any, parameters: set[int]) -> bool:
             f"optimizer: expected one whose state belongs to single parameters, got "
             f"{type(optimizer).__name__}"
         )
+    for name, inner in vars(optimizer).items():
+        if (
+            hasattr(inner, "param_groups")
+            and hasattr(inner, "state")
+            and inner.state is not optimizer.state
+        ):
+            raise ValueError(
+                "optimizer: expected one that has its state itself, got "
+                f"{type(optimizer).__name__} around {type(inner).__name__} ({name}), whose state "
+                "would stay that of the old parameters"
+            )
     return any(id(p) in parameters for group in optimizer.param_groups for p in group["params"])
 
 

@@ -105,8 +105,7 @@ def to_peft(
     }
     if parameters:
         config["target_parameters"] = _target_parameters(parameters, found, known)
-    if hasattr(modules, "config"):
-        _check_reading(modules, config)
+    check_reading(modules, config)
     default = _most_frequent(parameters.values()) if parameters else max(kept.values())
     config |= patterns(wanted | parameters, default, factor, rslora, keys)
     return config
@@ -195,13 +194,17 @@ def _target_parameters(parameters: Mapping[str, int], found: Split, known: Known
     return names
 
 
-def _check_reading(model: Any, config: Mapping[str, Any]) -> None:
+def check_reading(model: Any, config: Mapping[str, Any]) -> None:
     """Make sure that PEFT, if it is installed, leaves the targets as they are for this model.
+
+    Args:
+        model: before PEFT; names of modules, which tell nothing of this, pass.
+        config: entries of a configuration, "target_modules" among them.
 
     Raises:
         ValueError: it would read them as others.
     """
-    if not hasattr(model.config, "model_type") or not any(
+    if not hasattr(getattr(model, "config", None), "model_type") or not any(
         p.ndim == 3 and p.shape[0] > 1 for p in model.parameters()
     ):
         return  # without stacked experts nothing is converted, and importing PEFT takes seconds
@@ -213,7 +216,7 @@ def _check_reading(model: Any, config: Mapping[str, Any]) -> None:
     given = config["target_modules"]
     read = LoraConfig(
         target_modules=given if isinstance(given, str) else list(given),
-        target_parameters=list(config.get("target_parameters", ())),
+        target_parameters=list(config.get("target_parameters") or ()),
     )
     convert_peft_config_for_transformers(read, model=model, conversions=None)
     before = {given} if isinstance(given, str) else set(given)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from lorambo_adapters.names import name_matcher
 
 Modules = Any
 """A model, or the names of all of its modules."""
@@ -127,6 +129,43 @@ def caught_by_a_list(kept: Iterable[str], others: Iterable[str]) -> tuple[str, s
             if suffix in targets:
                 return other, suffix
     return None
+
+
+def configured(entries: Mapping[str, Any]) -> Callable[[str], bool]:
+    """A test of whether PEFT would adapt the module of a name, by a configuration's entries.
+
+    As `check_target_module_exists` in PEFT 0.21.2, `tuners/tuners_utils.py`.
+
+    Raises:
+        ValueError: an entry is not of its form, or the configuration makes modules of its own.
+    """
+    if entries.get("layer_replication"):
+        raise ValueError(
+            "layer_replication: expected a configuration for the modules that there are, got one "
+            "that copies layers; make the adapters, and read them"
+        )
+    targets = entries.get("target_modules")
+    wanted = name_matcher(targets, "target_modules")
+    unwanted = name_matcher(entries.get("exclude_modules"), "exclude_modules")
+    saved = [re.compile(rf"(^|.*\.){m}($|\..*)") for m in entries.get("modules_to_save") or ()]
+    which = entries.get("layers_to_transform")
+    indices = {which} if isinstance(which, int) else set(which or ())
+    patterns = entries.get("layers_pattern") or ()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    # The first number of the name counts, and an expression or a full name as target needs none.
+    places = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    free = isinstance(targets, str) or not indices
+    listed = frozenset[str]() if isinstance(targets, str) else frozenset(targets or ())
+
+    def adapts(name: str) -> bool:
+        if not wanted(name) or unwanted(name) or any(part.match(name) for part in saved):
+            return False
+        if free or name in listed:
+            return True
+        found = next((m for place in places if (m := re.match(place, name))), None)
+        return found is not None and int(found[1]) in indices
+
+    return adapts
 
 
 def exact_key(name: str) -> str:

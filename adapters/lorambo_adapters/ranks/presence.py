@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 try:
     import torch
@@ -23,7 +23,12 @@ from lorambo_adapters.spectra.lora_modules import lora_layers
 from lorambo_adapters.targets import unwrap
 
 _PREFIX = "base_model.model."
+_LISTS = ("params", "param_names")
 _SETTINGS = ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias")
+
+
+Arrival: TypeAlias = tuple[Any, torch.nn.Parameter, str]
+"""An optimizer's group, a parameter that is to be in it, and its name."""
 
 
 def spare_layers(model: torch.nn.Module, adapter: str) -> dict[str, Any]:
@@ -98,14 +103,14 @@ def bring_back(
     *,
     gradient: Gradient | None,
     initialisation: object,
-) -> tuple[int, int | float]:
+) -> tuple[int, int | float, list[Arrival]]:
     """Note that a layer has the adapter: B = 0 (of an embedding A = 0), as the others have it.
 
     Its scale, dropout, type and `requires_grad` are those of the adapter's first layer, and in the
-    optimizer its factors join the group that has those of the other layers.
+    optimizer its factors belong to the group that has those of the other layers.
 
     Returns:
-        The parameters of a rank, and alpha.
+        The parameters of a rank, alpha, and what is to `join` the optimizer.
 
     Raises:
         ValueError: the gradient does not fit, or the others' factors are in several groups.
@@ -120,6 +125,7 @@ def bring_back(
     rows = new_rows(
         rank, *empty, embedding=embedding, gradient=gradient, initialisation=initialisation
     )
+    arrivals: list[Arrival] = []
     for side in SIDES:
         like = template.parameter(side)
         value = torch.zeros(shapes[side], dtype=like.dtype, device=device)
@@ -137,10 +143,8 @@ def bring_back(
             path = (
                 f"lora_{'embedding_' * embedding}{side}.{adapter}{'' if embedding else '.weight'}"
             )
-            changes.append(group["params"], parameter)
-            if "param_names" in group:
-                inside = any(n.startswith(_PREFIX) for n in group["param_names"])
-                changes.append(group["param_names"], f"{_PREFIX * inside}{name}.{path}")
+            inside = any(n.startswith(_PREFIX) for n in group.get("param_names", ()))
+            arrivals.append((group, parameter, f"{_PREFIX * inside}{name}.{path}"))
     rslora = bool(other.use_rslora[adapter])
     scale = other.lora_alpha[adapter] / rank_factor(template.rank, rslora)
     alpha = alpha_for(rank, scale, rslora)
@@ -149,7 +153,40 @@ def bring_back(
         changes.item(getattr(module, key), adapter, value)
     dropout = copy.deepcopy(other.lora_dropout[adapter])
     changes.item(module.lora_dropout._modules, adapter, dropout)
-    return d + k, alpha
+    return d + k, alpha, arrivals
+
+
+def join(changes: Transaction, model: torch.nn.Module, arrivals: Sequence[Arrival]) -> None:
+    """Note that parameters enter their groups, each before those that come later in the model.
+
+    An optimizer's `state_dict` tells parameters by their place alone, so at another place they
+    would get each other's state when it is loaded into an optimizer of the saved model.
+
+    Args:
+        changes: what is noted so far, with the modules that get the parameters.
+        model: with these modules.
+        arrivals: groups, parameters and their names.
+    """
+    if not arrivals:
+        return
+    lists = [group[key] for group, _, _ in arrivals for key in _LISTS if key in group]
+    before = [list(items) for items in lists]
+
+    def step() -> None:
+        order = {id(parameter): i for i, parameter in enumerate(model.parameters())}
+        for group, parameter, name in arrivals:
+            own, others = order[id(parameter)], group["params"]
+            later = (i for i, other in enumerate(others) if order.get(id(other), -1) > own)
+            place = next(later, len(others))
+            others.insert(place, parameter)
+            if "param_names" in group:
+                group["param_names"].insert(place, name)
+
+    def undo() -> None:
+        for items, old in zip(lists, before, strict=True):
+            items[:] = old
+
+    changes.do(step, undo)
 
 
 def _blank(module: Any, rank: int) -> tuple[dict[Side, tuple[int, ...]], dict[Side, Any]]:
@@ -181,7 +218,7 @@ def _group(optimizer: Any, others: Sequence[torch.Tensor], name: str) -> Any:
 
 def _leave(changes: Transaction, group: Any, parameter: torch.Tensor) -> None:
     """Note that a group has this parameter no longer, nor its name, if it keeps names."""
-    lists = [group[key] for key in ("params", "param_names") if key in group]
+    lists = [group[key] for key in _LISTS if key in group]
     before = [list(items) for items in lists]
 
     def step() -> None:

@@ -14,11 +14,11 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lorambo_adapters.ranks.adapter_layers import SIDES, AdapterLayer, Side, adapter_layers
-from lorambo_adapters.ranks.carry import Move, carried, change, plan
+from lorambo_adapters.ranks.carry import Move, carried, carried_moments, change, plan
 from lorambo_adapters.ranks.growth import Gradient
 from lorambo_adapters.ranks.mask import remove_mask, set_mask
 from lorambo_adapters.ranks.moments import holds, moment_laws
-from lorambo_adapters.ranks.presence import bring_back, spare_layers, take_away
+from lorambo_adapters.ranks.presence import Arrival, bring_back, join, spare_layers, take_away
 from lorambo_adapters.ranks.resize_checks import problems_of, wanted_ranks
 from lorambo_adapters.ranks.resize_config import (
     alpha_of,
@@ -62,9 +62,10 @@ def resize(
     - The configuration gets exact keys in `rank_pattern` and `alpha_pattern`, so `save_pretrained`
       writes an adapter that loads with these ranks and scales.
     - Rank 0 takes the adapter from the layer, and its factors from the optimizer; PEFT's wrapper
-      stays. So a rank >= 1 later brings it back, as a new adapter begins (`bring_back`). Both write
-      exact `target_modules`. A layer that PEFT has never wrapped cannot be given ranks, and a DoRA,
-      an adapter with a bias and a wrapped parameter's cannot be taken from their layer.
+      stays. So a rank >= 1 later brings it back, as a new adapter begins (`bring_back`), in its
+      place among the optimizer's parameters (`join`). Both write exact `target_modules`. A layer
+      that PEFT has never wrapped cannot be given ranks, and a DoRA, an adapter with a bias and a
+      wrapped parameter's cannot be taken from their layer.
     - A model in torch.compile is compiled again for the new shapes at its next call.
 
     mode="mask" keeps every tensor's shape, for DistributedDataParallel, FSDP2 (`fully_shard`) and
@@ -74,6 +75,7 @@ def resize(
     shrinks their rows of A. Ranks can come back: they begin with B = 0 and the row of A that is
     there, or the gradient's. Rank 0 masks all. The report and `active_ranks` count what is left,
     PEFT's configuration and files go on with the full shapes, and what is saved computes the same.
+    The mask is not in the files: what is loaded into masked tensors later is masked as they are.
     Every process has to make the call; unequal ranks are an error in all of them. The first call
     changes the class of each A, for which a compiled model is compiled again once.
 
@@ -81,7 +83,8 @@ def resize(
         model: a `PeftModel`, or a model into which PEFT has put LoRA layers; compiled or not.
         ranks: by layer, as PEFT names it without "base_model.model."; an `Allocation` is one.
             Experts of a 3-D parameter, "<parameter>.<index>", have one rank. Layers that are not
-            named keep their rank.
+            named keep their rank; in mode "resize" their masked ranks are taken out too, and a
+            layer with nothing else has rank 0. Unknown layers may have rank 0.
         optimizer: what trains the adapter, if something does; left out, it would go on with
             parameters that the model has no longer (or in mode "mask" with momentum in what is
             masked). Of torch.optim or made like those: `param_groups` and `state`.
@@ -99,9 +102,10 @@ def resize(
 
     Raises:
         ValueError: a layer or the adapter is not there, or a rank is not a whole number >= 0, or
-            cannot be given to the layer: see `adapter_layers`, `moment_laws`, `mask_problem`,
-            `cannot_leave` and `cannot_return`; or all ranks are 0. In mode "resize" also for a
-            model inside DistributedDataParallel or FSDP, and for parameters with hooks.
+            cannot be given to the layer: see `adapter_layers`, `moment_laws`, `holds`,
+            `mask_problem`, `cannot_leave` and `cannot_return`; or all ranks are 0. In mode "resize"
+            also for a model inside DistributedDataParallel or FSDP, for one around the
+            model that has PEFT's configuration, and for parameters with hooks.
 
     Warns:
         UserWarning: the adapter's initialisation has changed the base's weights (PiSSA and others)
@@ -141,7 +145,8 @@ def resize(
                 "for mode='mask'; use fully_shard (FSDP2)"
             )
         # What each process was asked, before anything that could end in one of them alone.
-        agree(sorted(dict(ranks).items(), key=str), parallel, "ranks")
+        asked = sorted(ranks.items(), key=str) if isinstance(ranks, Mapping) else None
+        agree(asked, parallel, "ranks")
     layers = adapter_layers(inner, adapter)
     spare = {} if masked else spare_layers(inner, adapter)
     wanted = wanted_ranks(layers, spare, ranks, masked)
@@ -153,7 +158,7 @@ def resize(
                 f"optimizer: expected one that trains adapter {adapter!r}, got one with none of "
                 "its parameters"
             )
-    configs, config = config_of(inner, adapter)
+    configs, config = config_of(inner, adapter, masked)
     moving = {
         name: layer
         for name, layer in layers.items()
@@ -184,9 +189,10 @@ def resize(
             done[name] = _reported(layer, 0, [], {}, curvature)
             take_away(changes, layer, optimizer)
     per_rank = {name: _per_rank(layer) for name, layer in layers.items()}
+    arrivals: list[Arrival] = []
     for name, module in spare.items():
         if wanted[name]:
-            per_rank[name], alphas[name] = bring_back(
+            per_rank[name], alphas[name], added = bring_back(
                 changes,
                 name,
                 module,
@@ -196,7 +202,9 @@ def resize(
                 gradient=_given(gradients, new_directions).get(name),
                 initialisation=getattr(config, "init_lora_weights", True),
             )
+            arrivals += added
             done[name] = LayerChange(name, 0, wanted[name], 0.0, 0.0, None, per_rank[name])
+    join(changes, inner, arrivals)
     if done and not masked and configs is not None:
         present = {name: wanted[name] for name in alphas}
         modules = [n for n in present if n not in layers or not _is_parameter(layers[n])]
@@ -304,7 +312,7 @@ def _replace(
     where = f"layer {layer.name!r}, {side}"
     state = {} if optimizer is None else optimizer.state.get(old, {})
     laws, kept = ({}, {}) if optimizer is None else moment_laws(optimizer, old, where)
-    moments = {key: carried(layer, moves, side, state[key], law) for key, law in laws.items()}
+    moments = carried_moments(layer, moves, side, state, laws)
     gradient = None if old.grad is None else carried(layer, moves, side, old.grad, "gradient")
     if masked:
         changes.write(old, new)

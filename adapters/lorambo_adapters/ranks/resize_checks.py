@@ -54,8 +54,6 @@ def wanted_ranks(
                 )
             continue
         given.setdefault(key, {})[name] = rank
-        if not rank and not masked and (problem := cannot_leave(layers[key])):
-            problems.append(problem)
         if masked and rank > layers[key].rank:
             problems.append(
                 f"layer {name!r}: expected at most {layers[key].rank} ranks, those of its tensors, "
@@ -68,11 +66,14 @@ def wanted_ranks(
                 f"layer {key!r}: expected one rank for all of its {len(names)} experts, which "
                 f"share an adapter in PEFT, got {found}; allocate with tied=[...] for these layers"
             )
-    refuse(problems, "ranks")
     wanted = {
         key: next(iter(given[key].values())) if key in given else len(layer.active)
         for key, layer in layers.items()
     }
+    if not masked:  # a layer that is not named, too, if all of its ranks are masked
+        leaving = [layer for key, layer in layers.items() if not wanted[key]]
+        problems += [problem for layer in leaving if (problem := cannot_leave(layer))]
+    refuse(problems, "ranks")
     wanted |= returning
     if not masked and not any(wanted.values()):
         raise ValueError("ranks: expected a rank >= 1 for some layer, got 0 for all")

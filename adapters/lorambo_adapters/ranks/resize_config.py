@@ -32,8 +32,25 @@ def alpha_of(layer: AdapterLayer, rank: int) -> int | float:
     return alpha_for(rank, alpha / rank_factor(layer.rank, rslora), rslora)
 
 
-def config_of(model: Any, adapter: str) -> tuple[Any, Any]:
-    """PEFT's configurations by adapter, and this adapter's; None where the model has none."""
+def config_of(model: Any, adapter: str, masked: bool = False) -> tuple[Any, Any]:
+    """PEFT's configurations by adapter, and this adapter's; None where the model has none.
+
+    Args:
+        model: as `peeled` gives it.
+        adapter: the adapter's name.
+        masked: the configuration is to stay as it is, so it may be that of a part of the model.
+
+    Raises:
+        ValueError: it is the configuration of a part, or the adapter ties layers.
+    """
+    for path, module in () if masked else unwrap(model).named_modules():
+        configs = getattr(module, "peft_config", None)
+        if path and isinstance(configs, dict) and adapter in configs:
+            raise ValueError(
+                f"model: expected the one that has PEFT's configuration of adapter {adapter!r}, to "
+                f"which layers' names belong, got {type(model).__name__} around it; give its "
+                f"{path!r}"
+            )
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or adapter not in configs:
         return None, None

@@ -37,7 +37,7 @@ def like_sharded(value: torch.Tensor, tensor: Any) -> torch.Tensor:
 
 
 def peeled(model: torch.nn.Module) -> tuple[torch.nn.Module, Any]:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers, and the latter.
+    """The model inside the wrappers of torch.compile and data parallelism.
 
     Returns:
         The model (perhaps a `PeftModel`), and the `DistributedDataParallel` or None.
@@ -49,6 +49,8 @@ def peeled(model: torch.nn.Module) -> tuple[torch.nn.Module, Any]:
             inner = inner._orig_mod
         elif _kind(inner) == "DistributedDataParallel":
             parallel, inner = inner, inner.module
+        elif _kind(inner) == "DataParallel":
+            inner = inner.module
         else:
             return inner, parallel
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from lorambo_adapters.lora_keys import METADATA, OTHER_METHODS, PREFIX, Parts, by_layer
 from lorambo_adapters.lora_keys import module_name as name_of
-from lorambo_adapters.names import name_matcher, natural
-from lorambo_adapters.ranks.peft_names import Known, Modules, ends_with
+from lorambo_adapters.names import natural
+from lorambo_adapters.ranks.peft_format import check_reading
+from lorambo_adapters.ranks.peft_names import Known, Modules, configured, ends_with
 from lorambo_adapters.ranks.safetensors_header import Header
 from lorambo_adapters.ranks.scaling import adapted, rank_factor
 from lorambo_adapters.spectra.peft_config import PeftConfig, by_component
@@ -164,10 +165,11 @@ def _of_config(config: PeftConfig, modules: Modules | None) -> StoredRanks:
             "targets and patterns are rules for names"
         )
     known = Known.of(modules)
-    wanted = name_matcher(_listed(config.entries.get("target_modules")), "target_modules")
-    unwanted = name_matcher(_listed(config.entries.get("exclude_modules")), "exclude_modules")
-    names = known.modules or frozenset[str]()
-    layers = {name: name for name in names if wanted(name) and not unwanted(name)}
+    _refuse_all_linear(config.entries.get("target_modules"))
+    if config.entries.get("target_modules") is not None:
+        check_reading(modules, config.entries)
+    adapts = configured(config.entries)
+    layers = {name: name for name in known.modules or () if adapts(name)}
     targets = config.entries.get("target_parameters") or ()
     if targets and known.parameters is None:
         raise ValueError(f"{config.label}: expected a model for target_parameters, got names")
@@ -221,15 +223,14 @@ def _refuse(config: PeftConfig) -> None:
         raise ValueError(f"{config.label}: {problems[0]}")
 
 
-def _listed(targets: Any) -> Any:
-    """Targets as JSON has them; "all-linear" needs the classes of modules, which names do not tell.
+def _refuse_all_linear(targets: Any) -> None:
+    """Refuse what needs the classes of modules, which names do not tell.
 
     Raises:
-        ValueError: it is "all-linear".
+        ValueError: the targets are "all-linear".
     """
     if isinstance(targets, str) and targets.lower() == "all-linear":
         raise ValueError("target_modules: expected names or an expression, got 'all-linear'")
-    return targets
 
 
 def _weights(folder: Path) -> Path:

@@ -18,9 +18,9 @@ from lorambo_adapters.spectra.batches import MaskOf
 from lorambo_adapters.spectra.distributed import Workers
 from lorambo_adapters.spectra.fisher import FisherLoss, LossFn, Terms
 from lorambo_adapters.spectra.gradients import sketch_gradients
+from lorambo_adapters.spectra.kronecker import Curvature
 from lorambo_adapters.spectra.sketch import times
 from lorambo_adapters.spectra.sketcher import GradientSketcher
-from lorambo_adapters.spectra.whitening import Curvature
 from lorambo_alloc.costs import whole_number
 
 _PASSES = 3  # of the sketch

@@ -27,7 +27,8 @@ from lorambo_adapters.spectra.distributed import Workers
 from lorambo_adapters.spectra.factors import Kind, MarginalSums, MomentSums, warn_silent
 from lorambo_adapters.spectra.fisher import Fisher, FisherLoss, LossFn, Terms
 from lorambo_adapters.spectra.hooks import GradientHooks, InputHooks
-from lorambo_adapters.spectra.whitening import Curvature, Factors
+from lorambo_adapters.spectra.kronecker import Curvature
+from lorambo_adapters.spectra.whitening import Factors
 from lorambo_alloc.objectives import real_number
 
 _KINDS = ("none", "input", "kfac", "ekfac", "diagonal")

@@ -12,8 +12,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any, BinaryIO, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 try:
     import torch
@@ -24,7 +24,7 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lorambo_adapters.progress import progress_bar
-from lorambo_adapters.spectra.whitening import Curvature, Factors, SymmetricFactor
+from lorambo_adapters.spectra.whitening import Factors, SymmetricFactor
 from lorambo_alloc import storage
 
 _KIND, _VERSION = "curvature", 1
@@ -33,8 +33,18 @@ _DTYPES = {"float64": ("F64", torch.float64), "float32": ("F32", torch.float32)}
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
+class How(NamedTuple):
+    """How factors were made: the attributes of a `Curvature`."""
+
+    kind: str
+    terms: int
+    damping: float
+    source: str
+
+
 def save_curvature(
-    curvature: Curvature,
+    factors: Mapping[str, Factors],
+    how: How,
     path: str | os.PathLike[str],
     *,
     dtype: Literal["float64", "float32"] = "float64",
@@ -47,7 +57,8 @@ def save_curvature(
     float64 on the CPU.
 
     Args:
-        curvature: from `curvature_factors`.
+        factors: by layer.
+        how: they were made.
         path: an older file there is replaced at the end.
         dtype: of the file. With "float64" everything is equal to the bit once loaded. "float32"
             takes half the space; factors are float64 in memory again, and whitened gradients differ
@@ -56,17 +67,7 @@ def save_curvature(
     Raises:
         ValueError: dtype is another one.
         OSError: the file cannot be written.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from lorambo_adapters.spectra.curvature import curvature_factors
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
-        >>> found = curvature_factors(model, [torch.eye(2)], lambda m, x: m(x), targets=["0"])
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     found.save(f"{folder}/curvature.safetensors")
-        ...     Curvature.load(f"{folder}/curvature.safetensors")
-        Curvature(1 layers, curvature 'kfac', empirical Fisher of 2 terms, damping 0.001 of the mean eigenvalue)
-    """  # noqa: E501  (the example's last line)
+    """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: expected 'float64' or 'float32', got {dtype!r}")
     code, wanted = _DTYPES[dtype]
@@ -95,8 +96,8 @@ def save_curvature(
         return sides[id(factor)]
 
     layers = [
-        [name, list(factors.shape), side(factors.right), side(factors.left)]
-        for name, factors in curvature.items()
+        [name, list(each.shape), side(each.right), side(each.left)]
+        for name, each in factors.items()
     ]
     header: dict[str, Any] = {}
     place = 0
@@ -107,8 +108,8 @@ def save_curvature(
         }  # fmt: skip
         place += size
     ours = {
-        "kind": _KIND, "version": _VERSION, "curvature": curvature.kind, "terms": curvature.terms,
-        "damping": curvature.damping, "source": curvature.source, "layers": layers,
+        "kind": _KIND, "version": _VERSION, "curvature": how.kind, "terms": how.terms,
+        "damping": how.damping, "source": how.source, "layers": layers,
         "factors": described, "transposed": [_transposed(each) for each in stored],
     }  # fmt: skip
     header["__metadata__"] = {_KEY: json.dumps(ours)}
@@ -129,7 +130,7 @@ def save_curvature(
 
 def load_curvature(
     path: str | os.PathLike[str], *, device: torch.device | str = "cpu"
-) -> Curvature:
+) -> tuple[dict[str, Factors], How]:
     """Read what `save_curvature` wrote: in float64, with what was shared shared again.
 
     Memory beyond the result: the largest tensor once more, while its numbers are checked.
@@ -174,10 +175,10 @@ def load_curvature(
                 advance(float(found.numel() * dtype.itemsize), "")
     try:
         factors = dict(_factors(ours, tensors))
-        return Curvature(
-            factors, kind=str(ours["curvature"]), terms=int(ours["terms"]),
-            damping=float(ours["damping"]), source=str(ours["source"]),
-        )  # fmt: skip
+        how = How(
+            str(ours["curvature"]), int(ours["terms"]), float(ours["damping"]), str(ours["source"])
+        )
+        return factors, how
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{where}: the file is damaged: {error!r}") from error
 

@@ -37,7 +37,7 @@ from lorambo_adapters.spectra.factors import place, rows, warn_silent
 from lorambo_adapters.spectra.fisher import Fisher, FisherLoss, LossFn, Terms, same_number
 from lorambo_adapters.spectra.hooks import GradientHooks, Mask
 from lorambo_adapters.spectra.inputs import Inputs
-from lorambo_adapters.spectra.whitening import Curvature
+from lorambo_adapters.spectra.kronecker import Curvature
 from lorambo_alloc import GainCurves
 from lorambo_alloc.costs import whole_number
 from lorambo_alloc.objectives import real_number

@@ -28,9 +28,9 @@ from lorambo_adapters.spectra.batches import (
 )
 from lorambo_adapters.spectra.decompose import decompose
 from lorambo_adapters.spectra.distributed import Workers
+from lorambo_adapters.spectra.kronecker import Curvature
 from lorambo_adapters.spectra.sketch import Whitening
 from lorambo_adapters.spectra.sketcher import GradientSketcher, positive_scale
-from lorambo_adapters.spectra.whitening import Curvature
 from lorambo_alloc import Spectra
 
 Loss: TypeAlias = Callable[[torch.nn.Module, Any], torch.Tensor]

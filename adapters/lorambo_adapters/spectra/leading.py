@@ -12,7 +12,8 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
-from lorambo_adapters.spectra.decompose import block_krylov, is_exact, largest_basis, squared_norm
+from lorambo_adapters.spectra.block_krylov import block_krylov, largest_basis
+from lorambo_adapters.spectra.decompose import is_exact, squared_norm
 
 _BLOCK = 1024  # rows whose residual is formed at a time
 

@@ -25,7 +25,7 @@ from lorambo_adapters.spectra.distributed import Workers
 from lorambo_adapters.spectra.factors import Kind
 from lorambo_adapters.spectra.fisher import Fisher, FisherLoss, LossFn, Terms
 from lorambo_adapters.spectra.gradients import gradient_spectra
-from lorambo_adapters.spectra.whitening import Curvature
+from lorambo_adapters.spectra.kronecker import Curvature
 from lorambo_alloc import Spectra
 from lorambo_alloc.costs import whole_number
 

@@ -23,6 +23,7 @@ from lorambo_adapters.spectra.distributed import Workers
 from lorambo_adapters.spectra.gaussians import Gaussians
 from lorambo_adapters.spectra.hooks import GradientHooks, Mask
 from lorambo_adapters.spectra.inputs import Inputs, may_round, sum_dtype
+from lorambo_adapters.spectra.kronecker import Curvature
 from lorambo_adapters.spectra.sketch import (
     ExactSum,
     Sketch,
@@ -32,7 +33,6 @@ from lorambo_adapters.spectra.sketch import (
     Whitening,
 )
 from lorambo_adapters.spectra.sketch_sizes import gaussian_columns, is_summed_exactly
-from lorambo_adapters.spectra.whitening import Curvature
 from lorambo_alloc import Spectra
 from lorambo_alloc.costs import whole_number
 

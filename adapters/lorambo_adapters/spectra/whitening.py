@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from lorambo_alloc.costs import whole_number
 
@@ -155,86 +152,3 @@ class Factors:
             )
         matrix = (matrix.cpu() if matrix.device.type == "mps" else matrix).detach().double()
         return times(pair[0], times(pair[1], matrix).T).T
-
-
-class Curvature(Mapping[str, Factors]):
-    """Layer name to its Kronecker factors, with how they were made.
-
-    Attributes:
-        kind: "none", "input", "kfac", "ekfac" or "diagonal".
-        terms: how many terms of the loss they are means over (0 where no gradient was taken).
-        damping: relative to the mean eigenvalue of each factor.
-        source: how they were made, in words.
-    """
-
-    def __init__(
-        self, factors: Mapping[str, Factors], *, kind: str, terms: int, damping: float, source: str
-    ) -> None:
-        self._factors = dict(factors)
-        self.kind, self.terms, self.damping, self.source = kind, terms, damping, source
-
-    def __getitem__(self, name: str) -> Factors:
-        return self._factors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._factors)
-
-    def __len__(self) -> int:
-        return len(self._factors)
-
-    @property
-    def in_loss_units(self) -> bool:
-        """Whether 1/2 sigma^2 of a whitened gradient is in units of the loss."""
-        return self.kind in ("kfac", "ekfac", "diagonal")
-
-    def whitenings(self) -> dict[str, Whitening]:
-        """Layer to (A^-1/2, B^-1/2), for `gradient_spectra(curvature=...)`."""
-        return self._pairs(-0.5)
-
-    def matrices(self) -> dict[str, Whitening]:
-        """Layer to (A, B), damped; None for the identity, 1-D for a diagonal."""
-        return self._pairs(1.0)
-
-    def _pairs(self, exponent: float) -> dict[str, Whitening]:
-        pairs: dict[str, Whitening] = {}
-        powers: dict[int, torch.Tensor] = {}
-        for name, factors in self.items():
-            sides: list[torch.Tensor | None] = []
-            for side in (factors.right, factors.left):
-                if side is not None and id(side) not in powers:
-                    powers[id(side)] = side.power(exponent)
-                sides.append(None if side is None else powers[id(side)])
-            pairs[name] = sides[0], sides[1]
-        return pairs
-
-    def save(
-        self, path: str | os.PathLike[str], *, dtype: Literal["float64", "float32"] = "float64"
-    ) -> None:
-        """Write the factors to a file, whole or not at all (`curvature_files.save_curvature`).
-
-        Args:
-            path: an older file there is replaced at the end.
-            dtype: "float64" keeps every bit; "float32" takes half the space.
-        """
-        from lorambo_adapters.spectra.curvature_files import save_curvature  # it imports this file
-
-        save_curvature(self, path, dtype=dtype)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Curvature:
-        """Read what `save` wrote (`curvature_files.load_curvature`).
-
-        Args:
-            path: the file.
-            device: where the factors shall lie.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not one of these, newer, or damaged.
-        """
-        from lorambo_adapters.spectra.curvature_files import load_curvature  # it imports this file
-
-        return load_curvature(path, device=device)
-
-    def __repr__(self) -> str:
-        return f"Curvature({len(self)} layers, {self.source})"
