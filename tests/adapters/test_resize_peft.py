@@ -1,5 +1,6 @@
 """Live resizing among PEFT's features: files, DoRA, several adapters, types, compiled models."""
 
+import copy
 import json
 import math
 from importlib import metadata
@@ -375,3 +376,16 @@ def test_a_calculated_factor_is_refused():
     torch.nn.utils.parametrizations.weight_norm(model.base_model.model.first.lora_A["default"])
     with pytest.raises(ValueError, match=r"'first': expected A to be a parameter, got one that is"):
         resize(model, {"second": 2})
+
+
+def test_an_odd_rank_of_an_orthogonal_start_can_be_loaded(tmp_path):
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 4))
+    config = peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights="orthogonal")
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    resize(model, {"0": 3})
+    x = torch.randn(5, 6)
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(loaded(x), expected)
