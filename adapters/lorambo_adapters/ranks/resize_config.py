@@ -81,7 +81,8 @@ def configured(
     names = sorted(name for name in ranks if (ranks[name], alphas[name]) != default)
     new.rank_pattern = {exact_key(name): ranks[name] for name in names}
     new.alpha_pattern = {exact_key(name): alphas[name] for name in names}
-    if getattr(new, "init_lora_weights", None) == "orthogonal" and any(rank % 2 for rank in ranks.values()):
+    odd = any(rank % 2 for rank in ranks.values())
+    if odd and getattr(new, "init_lora_weights", None) == "orthogonal":
         new.init_lora_weights = True  # PEFT takes even ranks alone there, also to load trained ones
     if targets is not None:
         new.target_modules = targets if isinstance(targets, str) else set(targets)
