@@ -244,6 +244,7 @@ def _read(file: BinaryIO, dtype: torch.dtype, shape: list[int], where: str) -> t
     view = _bytes(tensor)
     done = 0
     while done < len(view):
+        # Every binary file that `open` returns has it; the type BinaryIO does not say so.
         count = file.readinto(view[done:])  # pyright: ignore[reportAttributeAccessIssue]
         if not count:
             raise ValueError(f"{where}: the file is damaged: it ends too early")
