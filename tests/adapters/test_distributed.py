@@ -20,10 +20,12 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 from lorambo_adapters.spectra.distributed import (  # noqa: E402
+    Workers,
     balanced_shares,
     torchrun_workers,
 )
 from lorambo_adapters.spectra.partial import PartialResults  # noqa: E402
+from lorambo_adapters.spectra.sketcher import GradientSketcher  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
@@ -255,3 +257,27 @@ def test_a_failed_start_leaves_no_signal_handler(monkeypatch):
     with pytest.raises(RuntimeError, match="no such address"), torchrun_workers():
         pass
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_all_workers_take_the_bases_of_worker_0():
+    """Other hardware may find other vectors, so the sums of a pass must be of the same ones."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(150, 140)).double()
+    x = torch.randn(200, 150).double()
+    theirs = torch.linalg.qr(torch.randn(140, 32).double()).Q
+
+    class Second(Workers):
+        def broadcast(self, tensors):
+            for tensor in tensors:
+                tensor.copy_(theirs)
+
+    sketcher = GradientSketcher(model, targets=["0"], rank=16, passes=2)
+    for number in (1, 2):
+        with sketcher:
+            sketcher.begin()
+            model(x).square().sum().backward()
+        if number == 1:
+            sketcher.next_pass(Second.alone())
+    gradient = 2 * model(x).detach().T @ x
+    expected = torch.linalg.svdvals(theirs.T @ gradient)[:16].numpy()
+    np.testing.assert_allclose(sketcher.spectra()["0"], expected, rtol=1e-9)
