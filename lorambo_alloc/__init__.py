@@ -11,6 +11,7 @@ from lorambo_alloc.curves import GainCurves, Spectra
 from lorambo_alloc.frontier import Frontier, frontier
 from lorambo_alloc.minimize_budget import CheapestRanks, minimize_budget
 from lorambo_alloc.objectives import Objective, log, schatten
+from lorambo_alloc.online import BudgetSchedule, OnlineAllocator, Proposal, cubic_budget
 from lorambo_alloc.problem import InfeasibleError, Problem
 from lorambo_alloc.solve import solve
 from lorambo_alloc.solvers.relaxation import Relaxation, relax
@@ -19,6 +20,7 @@ from lorambo_alloc.stability import Stability, stability
 __all__ = [
     "Allocation",
     "BudgetCertificate",
+    "BudgetSchedule",
     "Cap",
     "Certificate",
     "CertificateError",
@@ -28,13 +30,16 @@ __all__ = [
     "GainCurves",
     "InfeasibleError",
     "Objective",
+    "OnlineAllocator",
     "Problem",
+    "Proposal",
     "Relaxation",
     "Spectra",
     "Stability",
     "Verification",
     "allocate",
     "compare",
+    "cubic_budget",
     "frontier",
     "log",
     "minimize_budget",

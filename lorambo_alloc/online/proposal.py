@@ -1,0 +1,74 @@
+"""What an online allocator proposes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lorambo_alloc.allocation import Allocation
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Ranks to change to, or why to stay; true where something is to be done.
+
+    Attributes:
+        step: when it was made.
+        before: the ranks that were there.
+        ranks: those to have; where nothing is to be done, the same.
+        budget: the least of the steps up to the next proposal, which the ranks keep to.
+        reason: why nothing is to be done, in words; empty where something is.
+        notes: what else should be known: layers never observed, estimates made up for them.
+        allocation: the solution and its certificate, of estimated gain (and optimism) minus the
+            switching cost, plus the constant sum_i s_i r_i of the ranks that were there; None where
+            no problem was solved.
+        raised: what each rank moved was charged beyond its own switching cost, so that no more than
+            `max_moves` move, in units of gain: 0 where that many would not have moved anyway.
+    """
+
+    step: int
+    before: dict[str, int]
+    ranks: dict[str, int]
+    budget: int
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+    allocation: Allocation | None = None
+    raised: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.ranks != self.before
+
+    @property
+    def moves(self) -> dict[str, int]:
+        """By layer that changes, the ranks it gains (or, below 0, loses)."""
+        return {
+            name: rank - self.before[name]
+            for name, rank in self.ranks.items()
+            if rank != self.before[name]
+        }
+
+    @property
+    def price(self) -> float | None:
+        """About what one more unit of budget would gain; None where no problem was solved."""
+        return None if self.allocation is None else self.allocation.certificate.price
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        if not self:
+            yield f"step {self.step}: stay ({self.reason})"
+        else:
+            moves = self.moves
+            moved = sum(map(abs, moves.values()))
+            yield f"step {self.step}: {moved} ranks of {len(moves)} layers move"
+            width = max(map(len, moves))
+            for name in moves:
+                yield f"  {name:<{width}}  {self.before[name]} -> {self.ranks[name]}"
+        if self.allocation is not None:
+            certificate = self.allocation.certificate
+            yield (
+                f"  price {certificate.price:.4g}, budget {self.budget:,}, "
+                f"{certificate.status.replace('_', ' ')}"
+            )
+        yield from (f"  {note}" for note in self.notes)
