@@ -66,10 +66,7 @@ def solve(
         ValueError: an unknown solver (the message lists the known ones), one that does not fit
             the problem, or a time limit that is not a number >= 0.
     """
-    if time_limit == math.inf:
-        time_limit = None
-    if time_limit is not None and not 0 <= real_number(time_limit):
-        raise ValueError(f"time_limit: expected seconds >= 0 or None, got {time_limit!r}")
+    time_limit = parse_time_limit(time_limit)
     operator = problem.objective.kind == "operator"
     if solver == "auto":
         solver = "bottleneck" if operator else "relaxation" if constraints else "exact"
@@ -95,3 +92,16 @@ def solve(
     if constraints is not None:
         return function(problem, time_limit, constraints)
     return function(problem, time_limit)
+
+
+def parse_time_limit(time_limit: float | None) -> float | None:
+    """Seconds, or None for no limit.
+
+    Raises:
+        ValueError: it is not a number >= 0.
+    """
+    if time_limit == math.inf:
+        return None
+    if time_limit is not None and not 0 <= real_number(time_limit):
+        raise ValueError(f"time_limit: expected seconds >= 0 or None, got {time_limit!r}")
+    return time_limit

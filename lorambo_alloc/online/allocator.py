@@ -20,6 +20,7 @@ from lorambo_alloc.online.proposal import Proposal
 from lorambo_alloc.online.switching import Move, best_move
 from lorambo_alloc.online.timetable import Timetable
 from lorambo_alloc.problem import InfeasibleError
+from lorambo_alloc.solve import parse_time_limit
 
 _VERSION = 1
 _NO_LIMIT = 1 << 53
@@ -165,7 +166,7 @@ class OnlineAllocator:
         self.switching_share = _between(switching_share, "switching_share", LARGEST)
         self.max_moves = None if max_moves is None else whole_number(max_moves, "max_moves", 1)
         self.exploration = _between(exploration, "exploration", LARGEST)
-        self.time_limit = time_limit
+        self.time_limit = parse_time_limit(time_limit)
         self.steps = 0
         if not isinstance(budget, BudgetSchedule):
             number = budget

@@ -61,7 +61,9 @@ class Proposal:
         else:
             moves = self.moves
             moved = sum(map(abs, moves.values()))
-            yield f"step {self.step}: {moved} ranks of {len(moves)} layers move"
+            ranks = "1 rank" if moved == 1 else f"{moved} ranks"
+            layers = "1 layer" if len(moves) == 1 else f"{len(moves)} layers"
+            yield f"step {self.step}: {ranks} of {layers} {'moves' if moved == 1 else 'move'}"
             width = max(map(len, moves))
             for name in moves:
                 yield f"  {name:<{width}}  {self.before[name]} -> {self.ranks[name]}"
