@@ -210,3 +210,15 @@ def test_nothing_is_warned_of_in_a_usual_round():
             online.observe({})  # the weights of "a" vanish
         online.observe({"a": [0.0, 0.0]})
         online.propose()
+
+
+def test_optimism_is_that_of_its_formula():
+    online = OnlineAllocator({"a": 1, "b": 1}, 2, discount=0.5, exploration=2.0)
+    online.observe({"a": [0.0, 4.0], "b": [0.0, 3.0]})
+    online.observe({"a": [0.0, 6.0]})
+    online.observe({})
+    total = 1 + 0.5 + 0.25
+    # "a" was seen with weights 1/4 and 1/2: mean 16/3, variance 2; "b" once, weight 1/4: sigma 3.
+    a = 16 / 3 + 2 * math.sqrt(2.0 * math.log1p(total) / 0.75)
+    b = 3.0 + 2 * 3.0 * math.sqrt(math.log1p(total) / 0.25)
+    assert online.propose().allocation.value == pytest.approx(a + b, rel=1e-12)

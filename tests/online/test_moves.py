@@ -188,3 +188,10 @@ def test_a_large_problem_is_certified(share):
     assert sum(costs[name] * rank for name, rank in proposal.ranks.items()) <= budget
     ranks = np.array(list(proposal.ranks.values()))
     assert certificate.verify(proposal.allocation.problem, ranks).value > 0
+
+
+@pytest.mark.parametrize("now", [{"a": 2, "b": 0}, {"a": 1, "b": 1}, {"a": 0, "b": 2}])
+def test_of_equally_good_ranks_the_present_ones_stay(now):
+    online = OnlineAllocator({"a": 1, "b": 1}, 2, ranks=now)
+    online.observe({"a": [0.0, 1.0, 2.0], "b": [0.0, 1.0, 2.0]})
+    assert not online.propose()
