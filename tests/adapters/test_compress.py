@@ -1,6 +1,5 @@
 """Trained LoRAs made smaller: what PEFT, diffusers and kohya save, in and out."""
 
-import contextlib
 import json
 import math
 import warnings
@@ -24,26 +23,7 @@ from lorambo_adapters.ranks.tensor_writer import Planned, tensor_writer  # noqa:
 from lorambo_adapters.ranks.truncate import squared_distance, truncated  # noqa: E402
 from lorambo_adapters.spectra.lora import lora_spectra  # noqa: E402
 from lorambo_alloc import InfeasibleError, uniform_rank  # noqa: E402
-
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
-TINY |= {"intermediate_size": 24, "num_key_value_heads": 2}
-
-
-@pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers", reason="transformers is absent")
-
-
-@pytest.fixture
-def peft(transformers):
-    return pytest.importorskip("peft", reason="peft is absent: pip install peft")
-
-
-@contextlib.contextmanager
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+from tests.adapters.conftest import TINY, quiet  # noqa: E402
 
 
 def llama(transformers):

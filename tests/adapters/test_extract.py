@@ -1,6 +1,5 @@
 """LoRAs extracted from two checkpoints: what PEFT loads, and how near it comes."""
 
-import contextlib
 import json
 import warnings
 
@@ -19,31 +18,15 @@ from lorambo_adapters.ranks.extract import extract_lora  # noqa: E402
 from lorambo_adapters.spectra.checkpoints import delta_spectra  # noqa: E402
 from lorambo_adapters.spectra.leading import leading_factors, residual  # noqa: E402
 from lorambo_alloc import uniform_rank  # noqa: E402
+from tests.adapters.conftest import TINY, quiet  # noqa: E402
 
-TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
-TINY |= {"intermediate_size": 48, "num_key_value_heads": 2}
-
-
-@pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers", reason="transformers is absent")
-
-
-@pytest.fixture
-def peft(transformers):
-    return pytest.importorskip("peft", reason="peft is absent: pip install peft")
-
-
-@contextlib.contextmanager
-def quiet():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+WIDER = {**TINY, "hidden_size": 32, "intermediate_size": 48}
+WIDER |= {"num_hidden_layers": 3, "vocab_size": 50}
 
 
 def llama(transformers):
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**WIDER)).eval()
 
 
 def gpt2(transformers):

@@ -1,10 +1,8 @@
 """Spectra of trained LoRAs: live PEFT models, what PEFT saved, and files of diffusers and kohya."""
 
-import contextlib
 import json
 import math
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -15,27 +13,7 @@ from lorambo_adapters.layers import find_layers  # noqa: E402  (needs torch)
 from lorambo_adapters.spectra.lora import lora_spectra  # noqa: E402
 from lorambo_adapters.spectra.lora_files import LoraFile  # noqa: E402
 from lorambo_alloc import Spectra  # noqa: E402
-
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
-TINY |= {"intermediate_size": 24, "num_key_value_heads": 2}
-
-
-@pytest.fixture
-def transformers():
-    return pytest.importorskip("transformers", reason="transformers is absent")
-
-
-@pytest.fixture
-def peft(transformers):
-    return pytest.importorskip("peft", reason="peft is absent: pip install peft")
-
-
-@contextlib.contextmanager
-def quiet():
-    """Without the warnings of PEFT and transformers: deprecations, fan_in_fan_out, embeddings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+from tests.adapters.conftest import TINY, quiet  # noqa: E402
 
 
 def adapted(peft, model, **options):
