@@ -9,6 +9,7 @@ from lorambo_alloc.compare import Comparison, compare
 from lorambo_alloc.costs import training_bytes, uniform_rank
 from lorambo_alloc.curves import GainCurves, Spectra
 from lorambo_alloc.frontier import Frontier, frontier
+from lorambo_alloc.history import RankHistory
 from lorambo_alloc.minimize_budget import CheapestRanks, minimize_budget
 from lorambo_alloc.objectives import Objective, log, schatten
 from lorambo_alloc.online import BudgetSchedule, OnlineAllocator, Proposal, cubic_budget
@@ -33,6 +34,7 @@ __all__ = [
     "OnlineAllocator",
     "Problem",
     "Proposal",
+    "RankHistory",
     "Relaxation",
     "Spectra",
     "Stability",
