@@ -21,11 +21,15 @@ The ranks obey every limit of the problem: minimum ranks are given first, and a 
 allowed is rounded down to one that is (`square_root`: to the nearest). A tied group takes a
 further rank when the rule has given it to all of the group's layers.
 
+`one_rank_exchange` is a rule of another kind: it goes on from ranks that are there, one rank at a
+time, as ranks that adapt in training do. It stands beside the table of rules, not in it.
+
 No rule proves anything. The certificate of what it returns carries the bound of the price, so its
 gap says at most how much the rule loses to the optimum; `compare` says it against the optimum.
 """
 
 from lorambo_alloc.baselines.equal import MLP, mlp_only, uniform
+from lorambo_alloc.baselines.exchange import one_rank_exchange
 from lorambo_alloc.baselines.path import certified
 from lorambo_alloc.baselines.rules import RULES
 from lorambo_alloc.baselines.shares import gora, square_root
@@ -39,6 +43,7 @@ __all__ = [
     "eva",
     "gora",
     "mlp_only",
+    "one_rank_exchange",
     "square_root",
     "uniform",
 ]
