@@ -103,6 +103,29 @@ def frozen(model: torch.nn.Module) -> Generator[None]:
 
 
 @contextlib.contextmanager
+def as_it_was(model: torch.nn.Module) -> Generator[None]:
+    """Freeze the parameters inside; restore that, buffers and modes afterwards, in any case."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        with frozen(model):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+@contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Generator[None]:
     """Evaluation mode and no gradients inside; each module's own mode afterwards."""
     training = [module for module in model.modules() if module.training]

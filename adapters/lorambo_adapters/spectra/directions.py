@@ -1,15 +1,11 @@
-"""Directions of rank 1 in all layers, their slopes, and their joint curvature.
-
-The derivative of sample n's loss along u v^T in a layer is u^T G_n v = sum_t (g_t . u)(x_t . v)
-over the sample's tokens, so it takes two thin products and no gradient of a sample.
-"""
+"""Directions of rank 1 in all layers, their slopes, and their joint curvature."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,19 +29,15 @@ from lorambo_adapters.spectra.batches import (
 )
 from lorambo_adapters.spectra.candidates import candidate_directions
 from lorambo_adapters.spectra.distributed import Workers
-from lorambo_adapters.spectra.factors import place, rows, warn_silent
+from lorambo_adapters.spectra.factors import warn_silent
 from lorambo_adapters.spectra.fisher import Fisher, FisherLoss, LossFn, Terms, same_number
-from lorambo_adapters.spectra.hooks import GradientHooks, Mask
-from lorambo_adapters.spectra.inputs import Inputs
+from lorambo_adapters.spectra.hooks import GradientHooks
 from lorambo_adapters.spectra.kronecker import Curvature
+from lorambo_adapters.spectra.sample_derivatives import Directions, SampleDerivatives
 from lorambo_alloc import GainCurves
-from lorambo_alloc.costs import whole_number
 from lorambo_alloc.objectives import real_number
 
 _ROUNDING = 2.0**-23  # of derivatives, in float32 unless the model is in float64
-
-Directions: TypeAlias = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""Layer to (U, V), d x m and k x m: the candidates u_j v_j^T, one a column."""
 
 
 class Coupled(NamedTuple):
@@ -202,7 +194,7 @@ def coupled_directions(
             model, batches, loss_fn, per_layer, curvature=curvature, targets=targets, terms=terms,
             mask=mask, workers=workers, seed=seed,
         )  # fmt: skip
-    derivatives = _SampleDerivatives(_layers(model, directions), directions)
+    derivatives = SampleDerivatives(_layers(model, directions), directions)
     derivatives.share(workers)
     losses = FisherLoss(loss_fn, fisher, terms)
     mask = attention_masks(model, derivatives.layers) if mask is None else mask
@@ -285,85 +277,6 @@ def _pivot_gains(b: npt.NDArray[np.float64], C: npt.NDArray[np.float64]) -> npt.
             b[r + 1 :] -= column * b[r]
             C[r + 1 :, r + 1 :] -= np.outer(column, C[r, r + 1 :])
     return gains
-
-
-class _SampleDerivatives:
-    """Derivatives of each sample's loss along all candidates, from one backward pass."""
-
-    def __init__(self, layers: Sequence[TargetLayer], directions: Directions) -> None:
-        self.layers: list[TargetLayer] = []
-        self.names: list[str] = []
-        self.directions: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.reached: set[str] = set()
-        self._columns: dict[str, slice] = {}
-        self.size = 0
-        for layer in layers:
-            if getattr(layer.module, "padding_idx", None) is not None:
-                raise ValueError(
-                    f"layer {layer.name!r}: expected a layer with a row for every token, got an "
-                    "embedding table with padding_idx; leave it out"
-                )
-            u, v = directions[layer.name]
-            d, k = layer.shape
-            if u.ndim != 2 or tuple(u.shape) != (d, u.shape[1]) or v.shape != (k, u.shape[1]):
-                raise ValueError(
-                    f"directions: layer {layer.name!r}: expected U of shape ({d}, m) and V of "
-                    f"({k}, m), got {tuple(u.shape)} and {tuple(v.shape)}"
-                )
-            if not bool(torch.isfinite(u).all() and torch.isfinite(v).all()):
-                raise ValueError(f"directions: layer {layer.name!r}: got NaN or infinity")
-            device, dtype = place(layer)
-            u, v = u.detach().to(device, dtype), v.detach().to(device, dtype)
-            self.layers.append(layer)
-            self.directions[layer.name] = u, v
-            self._columns[layer.name] = slice(self.size, self.size + u.shape[1])
-            self.names += [layer.name] * u.shape[1]
-            self.size += u.shape[1]
-        where = place(self.layers[0])[0]
-        self.device = torch.device("cpu") if where.type == "mps" else where  # it has no float64
-        self._samples = 0
-        self._mask: Mask = None
-        self._sums: dict[str, torch.Tensor] = {}
-
-    def share(self, workers: Workers) -> None:
-        """Take worker 0's directions."""
-        workers.agree("layers and numbers of directions", repr(self.names))
-        if workers.count > 1:
-            copies = {name: (u.clone(), v.clone()) for name, (u, v) in self.directions.items()}
-            workers.broadcast(side for pair in copies.values() for side in pair)
-            self.directions = copies
-
-    def begin(self, samples: int, mask: Mask) -> None:
-        """Say how many samples the next batch has, and which of its tokens count."""
-        self._samples = whole_number(samples, "samples", 1)
-        self._mask = mask
-        self._sums = {}
-
-    def receive(self, layer: TargetLayer, inputs: Inputs, gradient: torch.Tensor) -> None:
-        """Add (g_t . u)(x_t . v) to the sample of each token."""
-        self.reached.add(layer.name)
-        tokens = rows(inputs)
-        if tokens % self._samples:
-            raise ValueError(
-                f"layer {layer.name!r}: expected a multiple of {self._samples} samples as its "
-                f"tokens, got {tokens}; pass samples="
-            )
-        u, v = (each.to(gradient) for each in self.directions[layer.name])
-        products = (gradient @ u) * inputs.times(v)
-        mask = self._mask.get(layer.name) if isinstance(self._mask, Mapping) else self._mask
-        if mask is not None and mask.numel() == tokens:
-            products *= (mask.reshape(-1, 1) != 0).to(products)
-        added = products.view(self._samples, -1, products.shape[1]).sum(1)
-        before = self._sums.get(layer.name)
-        self._sums[layer.name] = added if before is None else before + added
-
-    def take(self) -> torch.Tensor:
-        """What the last backward pass has summed, in float64."""
-        c = torch.zeros(self._samples, self.size, device=self.device, dtype=torch.float64)
-        for name, sums in self._sums.items():
-            c[:, self._columns[name]] = sums.to(device=self.device).double()
-        self._sums = {}
-        return c
 
 
 def _layers(model: torch.nn.Module, directions: Directions) -> list[TargetLayer]:

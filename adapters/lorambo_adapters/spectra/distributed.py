@@ -78,13 +78,21 @@ class Workers:
     def __repr__(self) -> str:
         return f"Workers(index={self.index}, count={self.count})"
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether these were entered, and not left."""
+        return self._group is not None
+
     def __enter__(self) -> Workers:
         if self.count > 1:
             with self._told():
                 self._ranks = dist.get_process_group_ranks(self._parent or dist.group.WORLD)
-                # One of our own: gloo for what lies on the CPU, and patience.
+                # One of our own: gloo for what lies on the CPU, and patience. Where others do not
+                # take part, its name comes from the ranks; the second group of a name can be led
+                # by the store to the first one's closed addresses, so among all it has a number.
+                some = len(self._ranks) < dist.get_world_size()
                 group = dist.new_group(
-                    self._ranks, timeout=_PATIENCE, backend="gloo", use_local_synchronization=True
+                    self._ranks, timeout=_PATIENCE, backend="gloo", use_local_synchronization=some
                 )
             assert isinstance(group, dist.ProcessGroup)  # this process belongs to it
             self._group = group

@@ -18,8 +18,8 @@ except ModuleNotFoundError as missing:
 from lorambo_adapters.layers import LayerTargets, TargetLayer, find_layers
 from lorambo_adapters.progress import progress_bar
 from lorambo_adapters.spectra.batches import (
+    as_it_was,
     for_passes,
-    frozen,
     own_loss,
     same_random_numbers,
     warn_unreached,
@@ -149,7 +149,7 @@ def probe_spectra(
     scale = 1.0 if alpha is None else alpha / rank
     loss_fn = own_loss if loss_fn is None else loss_fn
     generators = contextlib.nullcontext() if seed is None else same_random_numbers(model, seed)
-    with generators, _as_it_was(model):
+    with generators, as_it_was(model):
         branches = [_Branch(layer, rank, scale) for layer in layers]
         factors = [factor for branch in branches for factor in (branch.a, branch.b)]
         optimizer = torch.optim.AdamW(factors, lr=learning_rate, weight_decay=weight_decay)
@@ -251,7 +251,7 @@ def _train(
 ) -> list[float]:
     """Train the branches; the mean loss of each step."""
     losses: list[float] = []
-    stream = _cycled(batches)
+    stream = cycled(batches)
     # Without layers of their own, these hooks see to it that reentrant checkpoints have gradients.
     checkpointing = GradientHooks([], lambda *_: None, model=model)
     with _attached(branches), checkpointing, torch.enable_grad():
@@ -312,30 +312,7 @@ def _attached(branches: Sequence[_Branch]) -> Generator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _as_it_was(model: torch.nn.Module) -> Generator[None]:
-    """Freeze the parameters inside; restore that, buffers and modes afterwards, in any case."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        with frozen(model):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-
-
-def _cycled(batches: Iterable[Any]) -> Iterator[Any]:
+def cycled(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches over and over; those of an iterator are kept."""
     batches = for_passes(batches, 1)
     kept: list[Any] | None = [] if iter(batches) is batches else None

@@ -1,0 +1,109 @@
+"""A probe in two processes gives what it gives in one, or the same error in both."""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
+pytest.importorskip("peft", reason="peft is absent: pip install 'lorambo-alloc[peft]'")
+if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+from lorambo_adapters.rank_probe import RankProbe  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("rank_probe_worker.py")
+
+
+def run(folder, *modes):
+    """Exit statuses and errors; nobody ends one process because the other has ended."""
+    for mode in modes:
+        (folder / mode).mkdir()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
+    shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(folder), *modes],
+            env={**os.environ, **shared, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [process.returncode for process in processes], errors
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    modes = ("same", "ddp", "fsdp", "fault", "memory", "few")
+    codes, errors = run(folder, *modes)
+    assert codes == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    return {
+        mode: [json.loads((folder / mode / f"{i}.json").read_text()) for i in range(2)]
+        for mode in modes
+    }
+
+
+@pytest.fixture(scope="module")
+def alone():
+    program = runpy.run_path(str(WORKER))
+    before = torch.get_num_threads()
+    model, batches = program["make"]()
+    found = RankProbe(model, loss_fn=program["squares"], ahead=3).measure(batches)
+    torch.set_num_threads(before)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["same", "ddp", "fsdp"])
+def test_all_workers_have_the_curves_of_one_process(results, alone, mode):
+    one, other = results[mode]
+    assert one == other  # to the bit
+    assert one["as it was"]
+    for name, curve in alone.curves.items():
+        np.testing.assert_allclose(one[name], curve, rtol=1e-8, atol=1e-12)
+    for name, (u, _) in alone.directions.items():
+        found = torch.tensor(one[f"{name}: directions"][0], dtype=u.dtype)
+        torch.testing.assert_close((found.T @ u).abs(), torch.eye(3).to(u), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "cause"),
+    [
+        ("fault", "ProbeFailed", "RuntimeError"),
+        ("memory", "ProbeFailed", "MemoryError"),
+        ("few", "ValueError", "NoneType"),
+    ],
+)
+def test_if_one_worker_fails_all_are_told(results, mode, kind, cause):
+    one, other = results[mode]
+    assert one["error"] == "ProbeFailed"
+    assert one["cause"] == "NoneType"
+    assert "1 of 2 workers failed" in one["text"]
+    assert other["error"] == kind
+    assert other["cause"] == cause
+    assert one["as it was"]
+    assert other["as it was"]
+
+
+def test_a_worker_that_ends_is_told_as_lost(tmp_path):
+    codes, errors = run(tmp_path, "lost")
+    assert codes == [0, 3], errors[0][-3000:]
+    assert json.loads((tmp_path / "lost" / "0.json").read_text())["error"] == "WorkerLost"
