@@ -23,7 +23,6 @@ from lorambo_alloc.problem import InfeasibleError
 from lorambo_alloc.solve import parse_time_limit
 
 _VERSION = 1
-_NO_LIMIT = 1 << 53
 
 
 class OnlineAllocator:
@@ -39,15 +38,16 @@ class OnlineAllocator:
 
     The clock counts training steps. Proposals are made at step `warmup` and every `period` steps
     after it, before step `freeze`. Each keeps to the least budget of all steps up to the next, so
-    that the present ranks never cost more than `budget_at(step)`; if they do (at the start, or as a
-    proposal could not be carried out), one is due at once, at any time.
+    that the present ranks never cost more than `budget_at(step)`; if they do, or exceed a cap (at
+    the start, or as a proposal was not carried out), one is due at once, at any time.
 
     Where estimates are missing:
 
-    - A layer never observed keeps its rank, unless the budget or a limit forces it to change, or
-      `exploration` is on.
-    - If it must change, a stand-in values its j-th rank at c_i rho / j, where rho is the mean over
-      observed layers of the first rank's gain per cost: equal ranks are best under equal ones.
+    - A layer never observed keeps its rank (and those tied to it keep theirs), unless the present
+      ranks exceed the budget, limits or caps cannot be met otherwise, or `exploration` is on.
+    - Where it may change, it does not grow beyond its present or its least rank, and a stand-in
+      values its j-th rank at c_i rho / j, with rho the mean over observed layers of the first
+      rank's gain per cost (0 where that is negative; 1 if all are 0): so equal ranks are best.
     - Ranks that no observation reached are not proposed; those that are there already are valued
       as the last one that some observation reached.
     - A curve with NaN or infinity is left out, with a warning, and counted in `rejected`.
@@ -75,18 +75,19 @@ class OnlineAllocator:
             price per unit of cost at the optimum without switching cost. So a rank moves only to
             where its cost gains that share more, whatever the unit of the curves is.
         max_moves: at most this many ranks move in a proposal (`best_move` says how, and what can be
-            lost by it); None: any number. The budget goes before it.
+            lost by it); None: any number. An exchange moves two ranks or more, so that 1 stops them
+            all while the budget is spent. Budget and limits go before it.
         exploration: the optimism of a rank is `exploration` times sigma (log(1 + T) / N)^1/2, with
             N its discounted number of observations, T that of all rounds and sigma the standard
-            deviation of an observation. It grows while a rank is not observed, so that a layer of
-            rank 0 is tried again; and a layer never observed is valued, for one rank, like the
-            best. 0: none.
+            deviation of an observation (after a single one, its magnitude). It grows while a rank
+            is not observed, down to N = 2^-40, so that a layer of rank 0 is tried again; and a
+            layer never observed may get its first rank, with rho that of the best layer. 0: none.
         time_limit: seconds for each solution, after which it stops with a certified gap; then a
             restart need not repeat a run. None: no limit.
 
     Raises:
         ValueError: an argument is not of this form; the message names it, and the layer.
-        InfeasibleError: the minimum ranks cost more than the least budget.
+        InfeasibleError: the minimum ranks cost more than the least budget, or than a cap.
 
     Attributes:
         names: the layers' names.
@@ -193,13 +194,13 @@ class OnlineAllocator:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a proposal: on schedule, or because the budget is exceeded."""
+        """Whether it is time for a proposal: on schedule, or because a budget is exceeded."""
         return self.timetable.has(self.steps) or self.over_budget
 
     @property
     def over_budget(self) -> bool:
-        """Whether the present ranks cost more than some budget up to the next proposal."""
-        return self.cost > self._budget_ahead()
+        """Whether the present ranks exceed a cap, or some budget up to the next proposal."""
+        return bool(self._layers.excess(self._now, self._budget_ahead()))
 
     def _budget_ahead(self) -> int:
         following = self.next_due
@@ -229,7 +230,7 @@ class OnlineAllocator:
             proposal: or ranks by name; layers left out keep theirs.
 
         Raises:
-            ValueError: a layer is unknown, or a rank is not a whole number >= 0.
+            ValueError: a layer is unknown, or a rank is not a whole number from 0 to 2^53.
         """
         ranks = proposal.ranks if isinstance(proposal, Proposal) else proposal
         self._now = self._layers.parse_ranks(ranks, self._now)
@@ -241,8 +242,9 @@ class OnlineAllocator:
 
         Args:
             curves: `GainCurves`; or `Spectra`, whose gains are the squares; or a mapping of layer
-                name to the total gains F(0) = 0, F(1), ..., F(R). Curves may be of any length, also
-                of another one each time: only ranks up to R are observed.
+                name to the total gains F(0) = 0, F(1), ..., F(R), as any array in host memory.
+                Curves may be of any length, also of another one each time: only ranks up to R are
+                observed. Standard errors need gains above 1e-150 or so.
 
         Raises:
             ValueError: a layer is unknown, or a curve is not a 1-D array that begins with 0.
@@ -282,50 +284,35 @@ class OnlineAllocator:
             A `Proposal`; carry it out and `accept` it, or leave it.
 
         Raises:
-            InfeasibleError: limits and budget leave no ranks.
+            ValueError: all gains are so small (below 1e-289) that they underflow.
         """
-        over = self.over_budget
-        if not over and not self.timetable.has(self.steps):
+        budget = self._budget_ahead()
+        excess = self._layers.excess(self._now, budget)
+        if not excess and not self.timetable.has(self.steps):
             return self._stay(self.timetable.why_not(self.steps))
-        if not over and not self._estimates.curves:
+        if not excess and not self._estimates.curves and self._layers.allows(self._now):
             return self._stay("no layer has been observed yet")
         try:
-            found, notes = self._move(over)
-        except InfeasibleError:
-            if over:
-                raise
-            found, notes = self._move(True)  # limits force changes that the others must pay for
-        if over:
-            notes.insert(0, f"the present ranks cost {self.cost}, more than the budget")
-        if found.raised:
-            assert self.max_moves is not None
-            lost = found.raised * max(0, self.max_moves - found.moved)
-            notes.append(
-                f"each moved rank was charged {found.raised:.4g} more, so that at most "
-                f"{self.max_moves} move; that loses at most {lost:.4g} beside the best such move"
-            )
-        if self.max_moves is not None and found.moved > self.max_moves:
-            notes.append(f"the budget or a limit takes more than {self.max_moves} moves")
-        ranks = self._layers.named(found.ranks)
-        reason = "" if ranks != self.ranks else "no move is worth its switching cost"
+            found, notes = self._move(budget, all_move=self.cost > budget)
+        except InfeasibleError:  # limits or caps force changes that the others must pay for
+            found, notes = self._move(budget, all_move=True)
         return Proposal(
             self.steps,
             self.ranks,
-            ranks,
-            self._budget_ahead(),
-            reason,
-            tuple(notes),
+            self._layers.named(found.ranks),
+            budget,
+            "" if found.moved else self._why_stay(found),
+            (*([excess] if excess else []), *notes, *found.notes(self.max_moves)),
             found.allocation,
             found.raised,
         )
 
-    def _move(self, all_move: bool) -> tuple[Move, list[str]]:
+    def _move(self, budget: int, *, all_move: bool) -> tuple[Move, tuple[str, ...]]:
         layers, estimates = self._layers, self._estimates
         completed = completed_curves(
             estimates.curves, layers.limits, layers.costs, self._now, all_move=all_move,
             exploration=self.exploration, rounds=estimates.total,
         )  # fmt: skip
-        budget = self._budget_ahead()
 
         def move(switching: FloatArray, max_moves: int | None) -> Move:
             return best_move(
@@ -338,7 +325,13 @@ class OnlineAllocator:
         if self.switching_share:
             price = move(0 * switching, None).allocation.certificate.price
             switching = switching + (self.switching_share * price) * layers.costs.astype(np.float64)
-        return move(switching, self.max_moves), list(completed.notes)
+        return move(switching, self.max_moves), completed.notes
+
+    def _why_stay(self, found: Move) -> str:
+        if found.raised:
+            return f"no move is worth what keeps to max_moves = {self.max_moves}"
+        priced = self.switching_share or self._switching.any()
+        return f"no move {'is worth its switching cost' if priced else 'gains anything'}"
 
     def _stay(self, reason: str) -> Proposal:
         return Proposal(self.steps, self.ranks, self.ranks, self._budget_ahead(), reason)
@@ -363,6 +356,8 @@ class OnlineAllocator:
         Raises:
             ValueError: the state is of another version or of other layers, or damaged.
         """
+        if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"state: expected a mapping, got {state!r}")
         if state.get("version") != _VERSION:
             raise ValueError(f"state: expected version {_VERSION}, got {state.get('version')!r}")
         try:
@@ -386,6 +381,7 @@ def _between(value: object, where: str, greatest: float, *, open_below: bool = F
     number = real_number(value)
     if not 0 <= number <= greatest or (open_below and not number):
         least = "above 0" if open_below else ">= 0"
-        most = f" and at most {greatest:g}" if greatest < LARGEST else ""
-        raise ValueError(f"{where}: expected a finite number {least}{most}, got {value!r}")
+        raise ValueError(
+            f"{where}: expected a finite number {least} and at most {greatest:g}, got {value!r}"
+        )
     return number

@@ -18,12 +18,24 @@ class BudgetSchedule:
         final: the budget from `end` on, likewise.
         begin: the last step with the budget `start`.
         end: the first step with the budget `final`, above `begin`.
+
+    Raises:
+        ValueError: one of them is not of this form.
     """
 
     start: int | UniformRank
     final: int | UniformRank
     begin: int
     end: int
+
+    def __post_init__(self) -> None:
+        # Ints of Python's own: the cube of a long schedule overflows int64.
+        for what in ("start", "final", "begin", "end"):
+            value = getattr(self, what)
+            if what in ("begin", "end") or not isinstance(value, UniformRank):
+                object.__setattr__(self, what, whole_number(value, what, least=0))
+        if self.end <= self.begin:
+            raise ValueError(f"end: expected a step above begin = {self.begin}, got {self.end}")
 
     def with_costs(self, costs: IntArray, fixed_costs: IntArray) -> BudgetSchedule:
         """The same schedule with both budgets as numbers."""
@@ -37,8 +49,10 @@ class BudgetSchedule:
         """The budget of a step, rounded down; in whole numbers throughout.
 
         Raises:
-            ValueError: a budget is a `uniform_rank`, whose costs are not known here.
+            ValueError: the step is not a whole number >= 0, or a budget is a `uniform_rank`, whose
+                costs are not known here.
         """
+        step = whole_number(step, "step", least=0)
         start, final = self.start, self.final
         if isinstance(start, UniformRank) or isinstance(final, UniformRank):
             raise ValueError("expected budgets as numbers, got uniform_rank: with_costs() first")
@@ -85,12 +99,4 @@ def cubic_budget(
         >>> [schedule.at(step) for step in (0, 5, 10, 99)]
         [800, 187, 100, 100]
     """
-    start, final = (
-        budget if isinstance(budget, UniformRank) else whole_number(budget, what, least=0)
-        for budget, what in ((start, "start"), (final, "final"))
-    )
-    begin = whole_number(begin, "begin", least=0)
-    end = whole_number(end, "end", least=0)
-    if end <= begin:
-        raise ValueError(f"end: expected a step above begin = {begin}, got {end}")
     return BudgetSchedule(start, final, begin, end)

@@ -39,7 +39,7 @@ def completed_curves(
     exploration: float = 0.0,
     rounds: float = 0.0,
 ) -> CompletedCurves:
-    """Complete the estimates, as `OnlineAllocator` says it.
+    """Complete the estimates, as `OnlineAllocator` says it (optimism included in every gain).
 
     Args:
         curves: the estimates of the layers observed.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lorambo_alloc.arrays import flatten
 from lorambo_alloc.costs import whole_number
 from lorambo_alloc.curves import GainCurves, Spectra, check_names
 from lorambo_alloc.objectives import FloatArray, real_number
@@ -45,38 +46,37 @@ class CurveEstimates:
             curve.discount(self._discount)
         self.rounds += 1
         self.total = self.total * self._discount + 1
+        faults: list[str] = []
         for name, gains in found.items():
             usable = np.abs(gains) <= LARGEST  # and not NaN
             if not np.all(usable):
                 self.rejected[name] = self.rejected.get(name, 0) + 1
                 rank = int(np.argmin(usable))
-                warnings.warn(
-                    f"layer {name!r}: expected finite gains, got {gains[rank]} for rank {rank + 1};"
-                    " this curve is left out",
-                    stacklevel=stacklevel + 1,
+                faults.append(
+                    f"layer {name!r}: expected finite gains of at most {LARGEST:g}, got "
+                    f"{gains[rank]} for rank {rank + 1}; this curve is left out"
                 )
             elif len(gains):
                 self.curves.setdefault(name, RunningCurve()).add(gains)
+        for fault in faults:  # last: where warnings are errors, the round is whole all the same
+            warnings.warn(fault, stacklevel=stacklevel + 1)
 
     def _gains_of(self, curves: GainCurves | Spectra | Mapping[str, Any]) -> dict[str, FloatArray]:
         if not isinstance(curves, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"curves: expected a mapping of layer name to curve, got {curves!r}")
-        found: dict[str, FloatArray] = {}
         for name in curves:
             if name not in self._known:
                 raise ValueError(f"curves: layer {name!r} is not among the layers")
-            try:
-                row = np.asarray(curves[name], dtype=np.float64)
-            except (TypeError, ValueError):
-                row = np.zeros((0, 0))
-            if row.ndim != 1 or not len(row):
-                raise ValueError(
-                    f"layer {name!r}: expected a 1-D curve of real numbers, got {curves[name]!r}"
-                )
-            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is left out
-                if isinstance(curves, Spectra):
-                    found[name] = np.square(row)
-                    continue
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is left out
+            if isinstance(curves, Spectra):
+                return {name: np.square(curves[name]) for name in curves}
+            if isinstance(curves, GainCurves) and curves.increments is not None:
+                rows = curves.increments
+                return {name: rows.row(i) for i, name in enumerate(rows.names)}
+            rows = flatten(curves, "gain curve", "gain curves")
+            found: dict[str, FloatArray] = {}
+            for i, name in enumerate(rows.names):
+                row = rows.row(i)
                 if row[0] != 0 and not math.isnan(row[0]):
                     raise ValueError(
                         f"layer {name!r}: expected a curve that starts with F(0) = 0, got {row[0]}"
@@ -114,6 +114,8 @@ class CurveEstimates:
             KeyError: something is missing.
             ValueError: a layer is unknown, or something is damaged.
         """
+        if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"estimates: expected a mapping, got {state!r}")
         loaded = CurveEstimates(self._names, self._discount)
         loaded.rounds = whole_number(state["rounds"], "rounds", 0)
         loaded.total = real_number(state["total"])

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from lorambo_alloc.caps import Caps
-from lorambo_alloc.costs import exact_dot, whole_number, whole_numbers
+from lorambo_alloc.caps import Cap, Caps, Row, parse_caps
+from lorambo_alloc.costs import whole_numbers
 from lorambo_alloc.curves import GainCurves
 from lorambo_alloc.limits import AllowedRanks, Limit, parse_limits
 from lorambo_alloc.objectives import IntArray
@@ -37,6 +37,7 @@ class Layers:
         costs: of a rank, int64 by layer.
         fixed_costs: of a rank above 0, int64 by layer.
         limits: the allowed ranks, whatever curves there are.
+        caps: the side budgets.
     """
 
     def __init__(
@@ -52,26 +53,57 @@ class Layers:
     ) -> None:
         if not isinstance(costs, Mapping) or not costs:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"costs: expected a mapping of layer name to cost, got {costs!r}")
-        self.names = tuple(costs)
+        self.names: tuple[str, ...] = tuple(costs)
         self.costs = whole_numbers(costs, self.names, "costs", 1)
         fixed = dict.fromkeys(self.names, 0) if fixed_costs is None else fixed_costs
         self.fixed_costs = whole_numbers(fixed, self.names, "fixed_costs", 0)
-        self._tied = list(tied)
-        self._caps, self._multiple_of, self._allowed_ranks = caps, multiple_of, allowed_ranks
         lengths = np.full(len(self.names), _ANY)
-        self.limits = parse_limits(
-            self.names, lengths, min_rank, max_rank, multiple_of, allowed_ranks, self._tied
+        self.limits = limits = parse_limits(
+            self.names, lengths, min_rank, max_rank, multiple_of, allowed_ranks, tied
         )
+        self.caps = parse_caps(caps, self.names, self._row(0))
+        # What a problem is told, from what was checked: an iterator, or a mapping that its owner
+        # goes on to change, holds something else the second time.
+        self._tied = [[self.names[i] for i in group] for group in limits.groups]
+        self._allowed = {self.names[i]: ranks.tolist() for i, ranks in limits.lists.items()}
+        self._named_caps = {
+            row.name: Cap(
+                [name for name, cost in self.named(row.costs).items() if cost],
+                row.budget,
+                row.costs[row.layers].tolist(),
+                row.fixed_costs[row.layers].tolist(),
+            )
+            for row in self.caps
+        }
+
+    def _row(self, budget: int) -> Row:
+        return Row("", self.costs, self.fixed_costs, budget)
 
     def cost_of(self, ranks: IntArray) -> int:
         """What ranks cost, exactly."""
-        return exact_dot(self.costs, ranks) + exact_dot(self.fixed_costs, 1 * (ranks > 0))
+        return self._row(0).cost_of(ranks)
+
+    def excess(self, ranks: IntArray, budget: int) -> str:
+        """Which budget the present ranks exceed, in words; empty if none."""
+        for row in (self._row(budget), *self.caps):
+            cost = row.cost_of(ranks)
+            if cost > row.budget:
+                return f"the present ranks cost {cost}, more than the {row.where} {row.budget}"
+        return ""
+
+    def allows(self, ranks: IntArray) -> bool:
+        """Whether ranks satisfy the limits and ties, whatever they cost."""
+        try:
+            self.limits.check(ranks)
+        except ValueError:
+            return False
+        return True
 
     def parse_ranks(self, ranks: Mapping[str, int], now: IntArray) -> IntArray:
         """Ranks by name, and the present ones of layers left out, as int64 by layer.
 
         Raises:
-            ValueError: a layer is unknown, or a rank is not a whole number >= 0.
+            ValueError: a layer is unknown, or a rank is not a whole number from 0 to 2^53.
         """
         if not isinstance(ranks, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"ranks: expected a mapping of layer name to rank, got {ranks!r}")
@@ -79,11 +111,7 @@ class Layers:
         for name in ranks:
             if name not in known:
                 raise ValueError(f"ranks: layer {name!r} is not among the layers")
-        parsed = [
-            whole_number(ranks.get(name, rank), f"ranks: layer {name!r}", 0)
-            for name, rank in self.named(now).items()
-        ]
-        return np.array(parsed, dtype=np.int64)
+        return whole_numbers({**self.named(now), **ranks}, self.names, "ranks", 0)
 
     def named(self, values: IntArray) -> dict[str, int]:
         """Values in layer order, by name."""
@@ -109,10 +137,10 @@ class Layers:
             fixed_costs=self.fixed_costs.tolist(),
             min_rank=self.named(lower),
             max_rank=self.named(upper),
-            multiple_of=self._multiple_of,
-            allowed_ranks=self._allowed_ranks,
+            multiple_of=self.limits.multiple_of,
+            allowed_ranks=self._allowed,
             tied=self._tied,
-            caps=self._caps,
+            caps=self._named_caps,
         )
 
     def check_budget(self, budget: int) -> None:

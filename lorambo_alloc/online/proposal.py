@@ -19,9 +19,9 @@ class Proposal:
         budget: the least of the steps up to the next proposal, which the ranks keep to.
         reason: why nothing is to be done, in words; empty where something is.
         notes: what else should be known: layers never observed, estimates made up for them.
-        allocation: the solution and its certificate, of estimated gain (and optimism) minus the
-            switching cost, plus the constant sum_i s_i r_i of the ranks that were there; None where
-            no problem was solved.
+        allocation: `ranks` with their certificate, of estimated gain (and optimism) minus s_i for
+            each rank moved, plus the constant sum_i s_i r_i of the ranks that were there, where s_i
+            is the switching cost and `raised`; None where no problem was solved.
         raised: what each rank moved was charged beyond its own switching cost, so that no more than
             `max_moves` move, in units of gain: 0 where that many would not have moved anyway.
     """

@@ -12,8 +12,11 @@ from lorambo_alloc.objectives import FloatArray
 
 _FIELDS = ("weights", "squares", "means", "spreads")
 
-# The weight of what was not observed for ever so long; with it the optimism stays finite.
-_LEAST_WEIGHT = 2.0**-40
+# The weight of what was not observed for ever so long: its square is a normal number too.
+_LEAST_WEIGHT = 2.0**-500
+
+# Below it the optimism does not grow any more, lest it drown all other gains.
+_FORGOTTEN = 2.0**-40
 
 
 class RunningCurve:
@@ -26,7 +29,8 @@ class RunningCurve:
     over the rounds t up to now, n. The division by N is the correction of the bias towards 0 that
     a running mean begins with (Kingma and Ba 2015, section 3), and with Q = sum g^(2 (n - t)) the
     variance S / (N - Q / N) is unbiased for independent observations of one distribution, and so is
-    its product with Q / N^2 for the variance of the mean. Updated in place as West 1979 does it.
+    its product with Q / N^2 for the variance of the mean. Neither changes while nothing is
+    observed. Updated in place as West 1979 does it.
 
     Attributes:
         weights: N by rank; its length is that of the longest curve observed.
@@ -43,9 +47,10 @@ class RunningCurve:
 
     def discount(self, factor: float) -> None:
         """Let a round pass."""
-        self.weights *= factor
-        self.squares *= factor * factor
-        self.spreads *= factor
+        factors = np.clip(_LEAST_WEIGHT / self.weights, factor, 1.0)
+        self.weights *= factors
+        self.squares *= factors * factors
+        self.spreads *= factors
 
     def add(self, gains: FloatArray) -> None:
         """Observe the gains of ranks 1 .. len(gains), in this round."""
@@ -58,31 +63,31 @@ class RunningCurve:
         self.squares[seen] += 1.0
         before = gains - self.means[seen]
         self.means[seen] += before / self.weights[seen]
-        self.spreads[seen] += before * (gains - self.means[seen])
+        # Of one sign, but where the mean before was so great that rounding prevails.
+        self.spreads[seen] += np.maximum(before * (gains - self.means[seen]), 0.0)
 
     def variances(self) -> FloatArray:
-        """Of a single observation, by rank; NaN where a rank was observed once, or long ago."""
-        weights = np.maximum(self.weights, _LEAST_WEIGHT)
-        freedom = weights - self.squares / weights
-        known = freedom > 1e-9 * weights
+        """Of a single observation, by rank; NaN where all but one of them weigh next to nothing."""
+        freedom = self.weights - self.squares / self.weights
+        known = freedom > 1e-9 * self.weights
         return np.where(known, self.spreads, np.nan) / np.where(known, freedom, 1.0)
 
     def standard_errors(self) -> FloatArray:
         """Of the means, by rank; NaN as `variances`."""
-        weights = np.maximum(self.weights, _LEAST_WEIGHT)
-        return np.sqrt(self.variances() * self.squares) / weights
+        return np.sqrt(self.variances()) * (np.sqrt(self.squares) / self.weights)
 
     def optimism(self, rounds: float) -> FloatArray:
         """How far above the mean a rank's gain may well be: sigma (log(1 + rounds) / N)^1/2.
 
-        Where sigma is not known it is the magnitude of the mean itself.
+        Where sigma is not known (`variances`) it is the magnitude of the mean itself. Below a
+        weight N of 2^-40 it does not grow any more.
 
         Args:
             rounds: the discounted number of all rounds so far.
         """
         variances = self.variances()
-        sigma = np.where(np.isnan(variances), np.abs(self.means), np.sqrt(np.abs(variances)))
-        return sigma * np.sqrt(math.log1p(rounds) / np.maximum(self.weights, _LEAST_WEIGHT))
+        sigma = np.where(np.isnan(variances), np.abs(self.means), np.sqrt(variances))
+        return sigma * np.sqrt(math.log1p(rounds) / np.maximum(self.weights, _FORGOTTEN))
 
     def state_dict(self) -> dict[str, list[float]]:
         """The moments as lists of doubles, which JSON keeps to the bit."""
@@ -93,14 +98,19 @@ class RunningCurve:
         """The inverse of `state_dict`.
 
         Raises:
-            ValueError: the moments are not finite numbers, or of different lengths.
+            ValueError: the moments are not finite numbers, no moments at all, negative where that
+                cannot be, or of different lengths.
         """
         curve = cls()
         for field in _FIELDS:
             values = np.array(state[field], dtype=np.float64)
             if values.ndim != 1 or not np.all(np.isfinite(values)):
                 raise ValueError(f"{field}: expected finite numbers, got {state[field]!r}")
+            if not len(values) or (field != "means" and np.any(values < 0)):
+                raise ValueError(f"{field}: expected numbers >= 0, got {state[field]!r}")
             setattr(curve, field, values)
+        if np.any(curve.weights < _LEAST_WEIGHT / 2):
+            raise ValueError(f"weights: expected numbers above 0, got {state['weights']!r}")
         if len({len(getattr(curve, field)) for field in _FIELDS}) > 1:
             raise ValueError("expected moments of one length")
         return curve

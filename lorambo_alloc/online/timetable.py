@@ -34,7 +34,9 @@ class Timetable:
         """Why a step is not on it, in words."""
         following = self.after(step)
         if following is None:
-            return f"frozen since step {self.freeze}"
+            late = self.freeze is not None and step >= self.freeze
+            when = "frozen since" if late else "no proposal is due before the freeze at"
+            return f"{when} step {self.freeze}"
         if step < self.warmup:
             return f"warming up until step {self.warmup}"
         return f"the next proposal is due at step {following}"

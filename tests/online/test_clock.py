@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,6 +174,21 @@ def test_a_restart_goes_on_to_the_bit(exploration):
             "layer 'a': expected moments of one length",
         ),
         (lambda s: s["estimates"].update(total=99.0), "total: expected a number up to the rounds"),
+        (lambda s: s.update(estimates=[]), "state: estimates: expected a mapping"),
+        (
+            lambda s: s["estimates"]["curves"]["a"].update(spreads=[-1.0] * 8),
+            "layer 'a': spreads: expected numbers >= 0",
+        ),
+        (
+            lambda s: s["estimates"]["curves"]["a"].update(weights=[0.0] * 8),
+            "layer 'a': weights: expected numbers above 0",
+        ),
+        (
+            lambda s: s["estimates"]["curves"].update(
+                a={"weights": [], "squares": [], "means": [], "spreads": []}
+            ),
+            "layer 'a': weights: expected numbers >= 0, got",
+        ),
     ],
 )
 def test_a_state_of_something_else_is_refused_and_changes_nothing(change, message):
@@ -185,6 +201,8 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing(change, messag
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
     assert other.state_dict() == before
+    with pytest.raises(ValueError, match="state: expected a mapping, got None"):
+        other.load_state_dict(None)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +222,9 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing(change, messag
         ({"switching_share": -0.1}, "switching_share: expected a finite number >= 0"),
         ({"switching_cost": {"x": 1.0}}, "switching_cost: layer 'x' is not among"),
         ({"switching_cost": {"a": -1.0}}, "switching_cost: layer 'a': expected a finite"),
+        ({"switching_cost": 1e150}, "and at most 1e\\+140, got 1e\\+150"),
+        ({"ranks": {"a": 10**30}}, "ranks: layer 'a': expected at most 2\\^53"),
+        ({"tied": None}, "tied: expected groups"),
         ({"multiple_of": 0}, "multiple_of"),
         ({"tied": [["a", "x"]]}, "tied: layer 'x'"),
         ({"min_rank": 5, "max_rank": 4}, "min_rank 5 is above max_rank 4"),
@@ -234,6 +255,47 @@ def test_schedules_of_another_form_are_refused():
         cubic_budget(uniform_rank(2), 10, begin=0, end=5).at(0)
 
 
+def as_any(number: int) -> Any:
+    return np.int64(number)
+
+
+def test_steps_and_budgets_of_numpy_do_not_overflow():
+    start, final, begin, end = map(as_any, (10**12, 10, 0, 10**7))
+    schedule = cubic_budget(start, final, begin=begin, end=end)
+    expected = cubic_budget(10**12, 10, begin=0, end=10**7)
+    assert schedule == expected
+    for step in map(as_any, range(3)):
+        assert type(schedule.at(step)) is int
+        assert schedule.at(step) == expected.at(int(step))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((1.5, 2, 0, 1), "start: expected a whole number >= 0, got 1.5"),
+        ((5, -2, 0, 1), "final: expected a whole number >= 0, got -2"),
+        ((5, 2, 3, 3), "end: expected a step above begin = 3, got 3"),
+    ],
+)
+def test_schedules_made_without_cubic_budget_are_checked_too(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        BudgetSchedule(*arguments)
+
+
+def test_steps_before_the_first_are_refused():
+    with pytest.raises(ValueError, match="step: expected a whole number >= 0, got -1"):
+        cubic_budget(5, 1, begin=0, end=3).at(-1)
+
+
+def test_nothing_is_said_to_be_frozen_before_it_is():
+    online = OnlineAllocator(COSTS, 30, period=10, freeze=25)
+    for _ in range(21):
+        online.step()
+    assert online.propose().reason == "no proposal is due before the freeze at step 25"
+    never = OnlineAllocator(COSTS, 30, warmup=10, freeze=5)
+    assert never.propose().reason == "no proposal is due before the freeze at step 5"
+
+
 def test_uniform_ranks_as_budgets():
     online = OnlineAllocator(COSTS, uniform_rank(2))
     assert online.budget_at(0) == online.budget_at(10**9) == 20
@@ -253,9 +315,7 @@ def test_a_proposal_reads_well():
         f"  price {proposal.price:.4g}, budget 44, optimal exact",
     ]
     online.accept(proposal)
-    assert repr(online.propose()).splitlines()[0] == (
-        "step 0: stay (no move is worth its switching cost)"
-    )
+    assert repr(online.propose()).splitlines()[0] == ("step 0: stay (no move gains anything)")
     online.accept({"q": 1})
     assert online.ranks == {"q": 1, "v": 1}
     with pytest.raises(ValueError, match="layer 'x' is not among"):

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,52 @@ def test_what_is_not_finite_is_left_out_and_said(bad):
     assert proposal.notes == ("1 layer ('a') was never observed, and stays as it is",)
 
 
+def test_where_warnings_are_errors_a_round_is_whole_all_the_same():
+    online = OnlineAllocator({"a": 1, "b": 1}, 1)
+    with pytest.raises(UserWarning, match="layer 'a'"):
+        online.observe({"a": [0.0, math.nan], "b": [0.0, 2.0]})
+    assert (online.rounds, online.rejected) == (1, {"a": 1})
+    assert list(online.means()) == ["b"]
+
+
+def test_gains_of_single_ranks_are_taken_as_they_are():
+    """From the totals the second gain could not be told any more."""
+    online = OnlineAllocator({"a": 1}, 2, ranks={"a": 2})
+    online.observe(GainCurves.from_increments({"a": [1e10, -1e-10]}))
+    assert online.propose().ranks == {"a": 1}
+
+
+@pytest.mark.parametrize("rounds", [1, 60, 300, 2000])
+def test_what_is_not_observed_any_more_is_not_known_better(rounds):
+    online = OnlineAllocator({"a": 1}, 1, discount=0.5, exploration=1.0)
+    for gain in (1.0, 2.0, 4.0):
+        online.observe({"a": [0.0, gain]})
+    error, optimism = online.standard_errors()["a"][0], optimism_of(online)
+    for _ in range(rounds):
+        online.observe({})
+        assert optimism_of(online) >= optimism
+        optimism = optimism_of(online)
+    assert online.standard_errors()["a"][0] == pytest.approx(error, rel=1e-9)
+    assert online.means()["a"][1] == pytest.approx(3.0, rel=1e-12)
+
+
+def optimism_of(online):
+    """What the value of a single rank has on top of its mean."""
+    allocation = online.propose().allocation
+    assert allocation is not None
+    return allocation.value - online.means()["a"][1]
+
+
+def test_a_layer_that_comes_back_has_no_negative_variance():
+    online = OnlineAllocator({"a": 1}, 1, discount=0.5)
+    online.observe({"a": [0.0, 6.1]})
+    for _ in range(1200):
+        online.observe({})
+    for _ in range(2):
+        online.observe({"a": [0.0, 0.3]})  # 6.1 + (0.3 - 6.1) is below 0.3 in doubles
+    assert 0 <= online.standard_errors()["a"][0] < 1e-6
+
+
 def test_a_spike_costs_no_more_than_the_moves_allowed_and_passes():
     online = OnlineAllocator(
         dict.fromkeys("abcd", 1), 8, ranks=dict.fromkeys("abcd", 2), max_moves=2, discount=0.5
@@ -104,15 +151,29 @@ def test_a_spike_costs_no_more_than_the_moves_allowed_and_passes():
     assert online.ranks == dict.fromkeys("abcd", 2)
 
 
+class Attached:
+    """Like a tensor that a gradient is recorded for."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("call detach first")
+
+
 @pytest.mark.parametrize(
     ("curves", "message"),
     [
         ([1.0], "expected a mapping"),
         ({"x": [0.0, 1.0]}, "layer 'x' is not among the layers"),
         ({"a": [1.0, 2.0]}, r"layer 'a': expected a curve that starts with F\(0\) = 0, got 1.0"),
-        ({"a": [[0.0, 1.0]]}, "layer 'a': expected a 1-D curve"),
-        ({"a": []}, "layer 'a': expected a 1-D curve"),
-        ({"a": "curve"}, "layer 'a': expected a 1-D curve"),
+        ({"a": [[0.0, 1.0]]}, "layer 'a': expected a 1-D gain curve"),
+        ({"a": []}, "layer 'a': expected a non-empty gain curve"),
+        ({"a": "curve"}, "layer 'a': expected a 1-D gain curve"),
+        ({"a": ["0", "1"]}, "layer 'a': expected a 1-D gain curve of real numbers"),
+        ({"a": [0, 1j]}, "layer 'a': expected a 1-D gain curve of real numbers, got dtype complex"),
+        ({"a": [0, None]}, "layer 'a': expected a 1-D gain curve of real numbers"),
+        (
+            {"a": Attached()},
+            "layer 'a': expected a 1-D gain curve, got Attached: call detach first",
+        ),
     ],
 )
 def test_curves_of_another_form_are_refused_and_change_nothing(curves, message):
@@ -140,7 +201,7 @@ def test_over_budget_without_estimates_ranks_become_equal():
     assert online.due
     proposal = online.propose()
     assert proposal.ranks == {"a": 2, "b": 2, "c": 2}
-    assert proposal.notes[0] == "the present ranks cost 39, more than the budget"
+    assert proposal.notes[0] == "the present ranks cost 39, more than the budget 20"
     assert "valued by a stand-in" in proposal.notes[1]
     online.accept(proposal)
     assert not online.due
@@ -178,7 +239,7 @@ def test_a_forgotten_layer_is_tried_again_with_exploration_only():
         seen = 0
         for _ in range(60):
             online.accept(online.propose())
-            curves = {"a": [0.0, 1.0, 1.9] + 0.05 * rng.normal(size=3) * [0, 1, 1]}
+            curves: dict[str, Any] = {"a": [0.0, 1.0, 1.9] + 0.05 * rng.normal(size=3) * [0, 1, 1]}
             if online.ranks["b"]:
                 seen += 1
                 curves["b"] = [0.0, 1.5, 1.6]
@@ -221,4 +282,6 @@ def test_optimism_is_that_of_its_formula():
     # "a" was seen with weights 1/4 and 1/2: mean 16/3, variance 2; "b" once, weight 1/4: sigma 3.
     a = 16 / 3 + 2 * math.sqrt(2.0 * math.log1p(total) / 0.75)
     b = 3.0 + 2 * 3.0 * math.sqrt(math.log1p(total) / 0.25)
-    assert online.propose().allocation.value == pytest.approx(a + b, rel=1e-12)
+    allocation = online.propose().allocation
+    assert allocation is not None
+    assert allocation.value == pytest.approx(a + b, rel=1e-12)

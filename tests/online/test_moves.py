@@ -2,13 +2,15 @@
 
 from fractions import Fraction
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorambo_alloc import OnlineAllocator
+from lorambo_alloc import Cap, OnlineAllocator
+from lorambo_alloc.online import switching
 
 GAINS = st.one_of(st.integers(-2, 6).map(float), st.floats(-3, 10).map(lambda x: round(x, 3)))
 
@@ -67,13 +69,14 @@ def test_a_proposal_is_the_best_of_all_moves(situation):
     # Gain and price of a rank are added in doubles before the exact search.
     assert float(max(best.values()) - best[tuple(proposal.ranks.values())]) <= 1e-12
     allocation = proposal.allocation
+    assert allocation is not None
     assert allocation.certificate.status.startswith("optimal")
     ranks = np.array(list(proposal.ranks.values()))
     allocation.certificate.verify(allocation.problem, ranks)
     fits = tuple(now.values()) in best
     if fits and best[tuple(now.values())] == max(best.values()) and not any(switching.values()):
         assert not proposal
-        assert proposal.reason == "no move is worth its switching cost"
+        assert proposal.reason == "no move gains anything"
     assert bool(proposal) == (proposal.ranks != now)
 
 
@@ -90,7 +93,9 @@ def test_few_moves_are_the_best_of_as_few_and_their_loss_is_bounded(situation, l
     mine = next(value for value, ranks, _ in moves if ranks == proposal.ranks)
     if moved > limit:  # the budget forces it: no fewer would do
         assert moved == min(m for _, _, m in moves)
-        assert any("more than" in note for note in proposal.notes)
+        assert any("no fewer moves were found" in note for note in proposal.notes)
+        fewest = max(value for value, _, m in moves if m == moved)
+        assert float(fewest - mine) <= 1e-12
         return
     assert float(max(v for v, _, m in moves if m <= moved) - mine) <= 1e-12
     best = max(v for v, _, m in moves if m <= limit)
@@ -114,6 +119,127 @@ def test_the_limit_on_moves_is_reached_where_the_gains_differ():
         moved.append(sum(map(abs, online.propose().moves.values())))
     assert moved[:4] == [2, 4, 8, 16]  # equal costs: every exchange takes two moves
     assert moved[4] > 16
+
+
+@pytest.mark.parametrize(("price", "even"), [(0.0, 4.94), (0.5, 1.94)])
+def test_no_more_ranks_move_than_allowed_where_that_many_suffice(price, even):
+    """Dropping six ranks of next to no gain is better by far than five of much, but is one more."""
+    online = OnlineAllocator(
+        {"a": 6, "b": 5}, 30, ranks={"a": 5, "b": 6}, max_moves=5, switching_cost={"b": price}
+    )
+    online.observe({"a": range(6), "b": np.arange(7) / 100})
+    proposal = online.propose()
+    assert proposal.moves == {"a": -5}
+    assert not any("more than 5" in note for note in proposal.notes)
+    assert proposal.raised == pytest.approx(even, rel=1e-9)  # there the two are worth the same
+
+
+def test_as_few_as_possible_move_where_the_budget_takes_more_than_allowed():
+    online = OnlineAllocator({"a": 6, "b": 5}, 30, ranks={"a": 5, "b": 6}, max_moves=2)
+    online.observe({"a": range(6), "b": np.arange(7) / 100})
+    proposal = online.propose()
+    assert proposal.moves == {"a": -5}
+    assert proposal.notes == (
+        "the present ranks cost 60, more than the budget 30",
+        "more than 2 ranks move, as no fewer moves were found that keep to the budget and the "
+        "limits",
+    )
+
+
+def test_it_is_said_why_ranks_stay():
+    curves = {"a": [0, 9, 18, 27, 36], "b": [0, 1, 2, 3, 4]}
+    reasons = []
+    for options in ({"max_moves": 1}, {"switching_cost": 50.0}, {"ranks": {"a": 4}}):
+        online = OnlineAllocator({"a": 1, "b": 1}, 4, **{"ranks": {"a": 2, "b": 2}, **options})
+        online.observe(curves)
+        reasons.append(online.propose().reason)
+    assert reasons == [
+        "no move is worth what keeps to max_moves = 1",
+        "no move is worth its switching cost",
+        "no move gains anything",
+    ]
+
+
+def hard(seed, **options):
+    """Uneven costs and gains that do not descend, so that a search has something to do."""
+    rng = np.random.default_rng(seed)
+    costs = {f"layer{i}": int(cost) for i, cost in enumerate(rng.integers(3, 9, 8))}
+    now = {name: int(rank) for name, rank in zip(costs, rng.integers(0, 5, 8), strict=True)}
+    budget = sum(costs[name] * rank for name, rank in now.items())
+    online = OnlineAllocator(costs, budget, ranks=now, time_limit=0.0, **options)
+    online.observe(curves_of({name: rng.normal(0.5, 1.0, 4).tolist() for name in costs}))
+    return online
+
+
+def test_what_a_time_limit_leaves_open_is_certified_of_the_ranks_proposed():
+    stopped = stayed = 0
+    for seed in range(40):
+        online = hard(seed, switching_cost=0.5)
+        proposal = online.propose()
+        ranks = np.array(list(proposal.ranks.values()))
+        allocation = proposal.allocation
+        assert allocation is not None
+        certificate = allocation.certificate
+        certificate.verify(allocation.problem, ranks)
+        assert allocation.ranks.tolist() == ranks.tolist()
+        stopped += certificate.gap > 0
+        stayed += not proposal
+    assert stopped > 10
+    assert stayed > 0
+
+
+def test_what_is_lost_by_few_moves_counts_what_the_time_limit_leaves_open():
+    stopped = 0
+    for seed in range(40):
+        online = hard(seed, max_moves=3)
+        proposal = online.propose()
+        for note in proposal.notes:
+            if "loses at most" in note:
+                said = Fraction(note.split("loses at most ")[1].split()[0])
+                moved = sum(map(abs, proposal.moves.values()))
+                assert proposal.allocation is not None
+                gap = Fraction(proposal.allocation.certificate.gap)
+                assert said >= Fraction(proposal.raised) * (3 - moved) + gap
+                stopped += gap > 0
+    assert stopped > 5
+
+
+def test_a_limit_on_moves_takes_few_solutions(monkeypatch):
+    count = 0
+
+    def counted(*args, **options):
+        nonlocal count
+        count += 1
+        return solve(*args, **options)
+
+    solve = switching.solve
+    monkeypatch.setattr(switching, "solve", counted)
+    rng = np.random.default_rng(3)
+    costs = {f"layer{i}": int(cost) for i, cost in enumerate(rng.choice([512, 768, 2048], 80))}
+    for limit in (1, 5, 20, 60):
+        online = OnlineAllocator(
+            costs, 4 * sum(costs.values()), ranks=dict.fromkeys(costs, 4), max_moves=limit
+        )
+        online.observe(curves_of({name: rng.lognormal(size=12).tolist() for name in costs}))
+        count = 0
+        assert sum(map(abs, online.propose().moves.values())) <= limit
+        assert count <= 25
+
+
+def test_the_price_of_a_move_is_found_where_gains_differ_by_their_last_bits():
+    """There a price just above the even one may be lost in rounding."""
+    raised = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        costs = {f"layer{i}": int(cost) for i, cost in enumerate(rng.choice([1, 2, 3], 4))}
+        now = {name: int(rank) for name, rank in zip(costs, rng.integers(0, 4, 4), strict=True)}
+        budget = sum(costs[name] * rank for name, rank in now.items())
+        online = OnlineAllocator(costs, budget, ranks=now, max_moves=1)
+        last_bits = {name: 2.0**-52 * rng.integers(0, 7, 4) for name in costs}
+        online.observe(curves_of({n: (c * (1 + last_bits[n])).tolist() for n, c in costs.items()}))
+        raised.append(online.propose().raised)
+    assert sum(price > 0 for price in raised) > 10
+    assert max(raised) < 1e-12
 
 
 def test_a_share_of_the_price_does_not_depend_on_the_unit():
@@ -162,6 +288,44 @@ def test_limits_ties_and_caps_hold_for_moves():
     assert online.propose().ranks == {"q": 6, "k": 6, "v": 2}
 
 
+def once(*values: object) -> Any:
+    return iter(values)
+
+
+def test_limits_are_those_of_the_beginning():
+    """Iterators are read once; what their owner changes later does not matter."""
+    caps = {"values": Cap(once("a"), 3)}
+    online = OnlineAllocator(
+        {"a": 1, "b": 1, "c": 1}, 9, caps=caps, tied=[once("b", "c")],
+        allowed_ranks={"c": once(0, 1, 2)},
+    )  # fmt: skip
+    caps["values"] = Cap(["a"], 0)
+    online.observe({"a": range(9), "b": [0.0, 5.0, 9.0, 12.0], "c": [0.0, 1.0, 1.5, 1.7]})
+    assert online.propose().ranks == {"a": 3, "b": 2, "c": 2}
+
+
+def test_a_cap_that_is_exceeded_is_seen_to_at_once():
+    online = OnlineAllocator(
+        {"a": 1, "b": 1}, 40, caps={"stage": (["a"], 3)}, ranks={"a": 6, "b": 2}, warmup=50
+    )
+    assert online.due
+    assert online.over_budget
+    proposal = online.propose()
+    assert proposal.notes[0] == "the present ranks cost 6, more than the cap 'stage' 3"
+    online.accept(proposal)
+    assert online.ranks["a"] == 3
+    assert not online.due
+
+
+def test_limits_force_moves_before_anything_is_observed():
+    online = OnlineAllocator({"a": 1, "b": 1, "c": 1}, 9, ranks={"b": 6, "c": 2}, min_rank=1,
+                             max_rank=4)  # fmt: skip
+    proposal = online.propose()
+    assert proposal.ranks == {"a": 1, "b": 4, "c": 2}
+    online.accept(proposal)
+    assert online.propose().reason == "no layer has been observed yet"
+
+
 def test_fixed_costs_belong_to_the_cost():
     online = OnlineAllocator({"a": 2, "b": 2}, 9, ranks={"a": 1}, fixed_costs={"a": 3, "b": 5})
     assert online.cost == 5
@@ -183,11 +347,13 @@ def test_a_large_problem_is_certified(share):
         noisy = scale + 0.1 * rng.normal(size=scale.shape)
         online.observe(curves_of(dict(zip(names, noisy, strict=True))))
     proposal = online.propose()
-    certificate = proposal.allocation.certificate
+    allocation = proposal.allocation
+    assert allocation is not None
+    certificate = allocation.certificate
     assert certificate.status.startswith("optimal")
     assert sum(costs[name] * rank for name, rank in proposal.ranks.items()) <= budget
     ranks = np.array(list(proposal.ranks.values()))
-    assert certificate.verify(proposal.allocation.problem, ranks).value > 0
+    assert certificate.verify(allocation.problem, ranks).value > 0
 
 
 @pytest.mark.parametrize("now", [{"a": 2, "b": 0}, {"a": 1, "b": 1}, {"a": 0, "b": 2}])
