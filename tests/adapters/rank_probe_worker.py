@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lorambo_adapters.rank_probe import ProbeFailed, RankProbe
 from lorambo_adapters.spectra.distributed import WorkerLost, Workers
+from lorambo_adapters.training.probe import ProbeFailed, RankProbe
 from lorambo_alloc.storage import replacing
 from tests.adapters.resize_models import plain
 

@@ -6,11 +6,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 pytest.importorskip("peft", reason="peft is absent: pip install 'lorambo-alloc[peft]'")
 
-import lorambo_adapters.rank_probe as rank_probe  # noqa: E402
-from lorambo_adapters.rank_curves import kept_gains, new_gains, product_pairs  # noqa: E402
-from lorambo_adapters.rank_probe import RankProbe  # noqa: E402
+import lorambo_adapters.training.probe as rank_probe  # noqa: E402
 from lorambo_adapters.ranks.resize import resize  # noqa: E402
 from lorambo_adapters.spectra.fisher import TrueFisher  # noqa: E402
+from lorambo_adapters.training.curves import kept_gains, new_gains, product_pairs  # noqa: E402
+from lorambo_adapters.training.probe import RankProbe  # noqa: E402
 from tests.adapters.resize_models import (  # noqa: E402
     adapted,
     deltas,

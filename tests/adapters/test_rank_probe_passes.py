@@ -8,8 +8,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 pytest.importorskip("peft", reason="peft is absent: pip install 'lorambo-alloc[peft]'")
 
-from lorambo_adapters.rank_probe import ProbeFailed, RankProbe  # noqa: E402
 from lorambo_adapters.spectra.fisher import Fisher, TrueFisher  # noqa: E402
+from lorambo_adapters.training.probe import ProbeFailed, RankProbe  # noqa: E402
 from tests.adapters.resize_models import (  # noqa: E402
     adapted,
     assert_same,

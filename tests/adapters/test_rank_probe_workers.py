@@ -16,7 +16,7 @@ pytest.importorskip("peft", reason="peft is absent: pip install 'lorambo-alloc[p
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
-from lorambo_adapters.rank_probe import RankProbe  # noqa: E402
+from lorambo_adapters.training.probe import RankProbe  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("rank_probe_worker.py")

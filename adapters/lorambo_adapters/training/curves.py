@@ -9,7 +9,7 @@ try:
     import torch
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
-        "lorambo_adapters.rank_curves needs torch: pip install 'lorambo-alloc[torch]'",
+        "lorambo_adapters.training.curves needs torch: pip install 'lorambo-alloc[torch]'",
         name=missing.name,
     ) from missing
 

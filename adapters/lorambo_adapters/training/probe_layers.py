@@ -9,16 +9,16 @@ try:
     import torch
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
-        "lorambo_adapters.probe_layers needs torch: pip install 'lorambo-alloc[torch]'",
+        "lorambo_adapters.training.probe_layers needs torch: pip install 'lorambo-alloc[torch]'",
         name=missing.name,
     ) from missing
 
 from lorambo_adapters.layers import TargetLayer
-from lorambo_adapters.rank_curves import Triplets, product_pairs
 from lorambo_adapters.ranks.adapter_layers import AdapterLayer, adapter_layers
 from lorambo_adapters.ranks.presence import spare_layers
 from lorambo_adapters.spectra.lora_modules import lora_layers, variant_of
 from lorambo_adapters.targets import is_conv1d, unwrap
+from lorambo_adapters.training.curves import Triplets, product_pairs
 
 
 @dataclass(frozen=True)

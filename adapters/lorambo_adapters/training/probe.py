@@ -15,12 +15,10 @@ try:
     import torch
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
-        "lorambo_adapters.rank_probe needs torch: pip install 'lorambo-alloc[torch]'",
+        "lorambo_adapters.training.probe needs torch: pip install 'lorambo-alloc[torch]'",
         name=missing.name,
     ) from missing
 
-from lorambo_adapters.probe_layers import Place, find_places
-from lorambo_adapters.rank_curves import kept_gains, new_gains, outside
 from lorambo_adapters.ranks.sharded import peeled
 from lorambo_adapters.spectra.batches import (
     MaskOf,
@@ -35,6 +33,8 @@ from lorambo_adapters.spectra.fisher import Fisher, FisherLoss, LossFn, Terms, s
 from lorambo_adapters.spectra.hooks import GradientHooks
 from lorambo_adapters.spectra.sample_derivatives import SampleDerivatives
 from lorambo_adapters.spectra.sketcher import GradientSketcher, positive_scale
+from lorambo_adapters.training.curves import kept_gains, new_gains, outside
+from lorambo_adapters.training.probe_layers import Place, find_places
 from lorambo_alloc.costs import whole_number
 from lorambo_alloc.objectives import real_number
 
