@@ -78,7 +78,7 @@ class RankController:
     - `batches=`: any iterable, from which each probe takes the next ones, over and over.
 
     Resuming: `state_dict()` goes beside the model's weights and the optimizer's state. The model
-    has to have the checkpoint's ranks before they are loaded (`restore_ranks` of `training.checkpoint`,
+    has to have the checkpoint's ranks before they are loaded (`training.checkpoint.restore_ranks`,
     from PEFT's own files); then
 
         RankController(model, optimizer, allocator_for(model, ...), state=state)
@@ -90,8 +90,8 @@ class RankController:
     Several processes (mode "mask", `DistributedDataParallel` or `fully_shard`): all make the same
     calls. They measure on their own batches and hold the same ranks at every step. A move that
     fails in one of them is an error in all, whatever `on_error`; the others may have moved. With
-    `fully_shard`, `RankProbe` cannot measure, as its weights are not there in a backward pass
-    through a frozen model: give a `probe` of your own.
+    `fully_shard` a probe takes a forward pass more for each batch that measures, and an error in
+    one process alone can end the others at their time limit only.
 
     Args:
         model: what the loop calls: a `PeftModel`, perhaps compiled or in a wrapper.
@@ -104,10 +104,12 @@ class RankController:
         probe: instead of one that is made with `probe_options`; it runs on the model without its
             wrappers, and with the same `workers`.
         batches_per_probe: at least 2: on the first half new directions are found, and on the others
-            measured. A probe of two batches takes about 3 steps on them (1.5 of half of them): to
-            spend less than 2 % of the time at a period of 100 steps, measure on smaller ones.
-        samples_per_batch: measure on that many samples of each batch, its first ones; for batches
-            that are mappings, and losses that are means over samples. None: on all.
+            measured. A probe of two whole batches takes about 3 steps on them, of halves 1.5: the
+            default stays below 2 % of the time at a period of 100 steps, whole ones do not.
+        samples_per_batch: on how many samples of each batch to measure, its first ones. "half":
+            half of them (rounded up, at least 2), for losses that are means over samples; batches
+            from `batches`, and those that are not mappings of tensors with one row a sample, are
+            taken whole. A number: that many of each, also from `batches`. None: all.
         mode: as `resize` takes it.
         workers: the data-parallel processes; by default in mode "mask" those of the model's
             `DistributedDataParallel`, else all. Where they are not connected yet, they are here,
@@ -158,7 +160,7 @@ class RankController:
         loss_fn: Callable[[torch.nn.Module, Any], torch.Tensor] | None = None,
         probe: Probe | None = None,
         batches_per_probe: int = 2,
-        samples_per_batch: int | None = None,
+        samples_per_batch: int | Literal["half"] | None = "half",
         mode: Mode = "resize",
         workers: Workers | None = None,
         loss_scale: Any = 1.0,
@@ -185,11 +187,7 @@ class RankController:
             model,
             batches,
             whole_number(batches_per_probe, "batches_per_probe", 2),
-            samples=(
-                None
-                if samples_per_batch is None
-                else whole_number(samples_per_batch, "samples_per_batch", 1)
-            ),
+            samples=samples_per_batch,
             has_loss=loss_fn is not None or probe is not None,
             seed=probe_options.get("seed", 0),
         )
@@ -203,7 +201,7 @@ class RankController:
                 workers=self._workers,
                 **probe_options,
             )
-            self.history = RankHistory(allocator.costs)
+            self.history = RankHistory(allocator.costs, allocator.fixed_costs)
             if state is not None:
                 self.load_state_dict(state)
             else:

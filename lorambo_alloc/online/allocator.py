@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lorambo_alloc.arithmetic import round_up
 from lorambo_alloc.caps import Caps
 from lorambo_alloc.costs import UniformRank, whole_number
 from lorambo_alloc.curves import GainCurves, Spectra, check_names
@@ -214,6 +215,11 @@ class OnlineAllocator:
         return self._layers.named(self._layers.costs)
 
     @property
+    def fixed_costs(self) -> dict[str, int]:
+        """The cost of a rank above 0, charged once, by name."""
+        return self._layers.named(self._layers.fixed_costs)
+
+    @property
     def ranks(self) -> dict[str, int]:
         """The present ranks, by name."""
         return self._layers.named(self._now)
@@ -304,7 +310,7 @@ class OnlineAllocator:
             "" if found.moved else self._why_stay(found),
             (*([excess] if excess else []), *notes, *found.notes(self.max_moves)),
             found.allocation,
-            found.raised,
+            round_up(found.lost),
         )
 
     def _move(self, budget: int, *, all_move: bool) -> tuple[Move, tuple[str, ...]]:
@@ -328,8 +334,8 @@ class OnlineAllocator:
         return move(switching, self.max_moves), completed.notes
 
     def _why_stay(self, found: Move) -> str:
-        if found.raised:
-            return f"no move is worth what keeps to max_moves = {self.max_moves}"
+        if found.limited:
+            return f"no move within max_moves = {self.max_moves} gains anything"
         priced = self.switching_share or self._switching.any()
         return f"no move {'is worth its switching cost' if priced else 'gains anything'}"
 

@@ -21,9 +21,10 @@ class Proposal:
         notes: what else should be known: layers never observed, estimates made up for them.
         allocation: `ranks` with their certificate, of estimated gain (and optimism) minus s_i for
             each rank moved, plus the constant sum_i s_i r_i of the ranks that were there, where s_i
-            is the switching cost and `raised`; None where no problem was solved.
-        raised: what each rank moved was charged beyond its own switching cost, so that no more than
-            `max_moves` move, in units of gain: 0 where that many would not have moved anyway.
+            is the switching cost. Its bound is on any number of moves. None where no problem was
+            solved.
+        lost: where `max_moves` limits the moves, at most this much is lost beside the best ranks
+            with as few; 0.0 where these are the best, and where nothing is limited.
     """
 
     step: int
@@ -33,7 +34,7 @@ class Proposal:
     reason: str = ""
     notes: tuple[str, ...] = ()
     allocation: Allocation | None = None
-    raised: float = 0.0
+    lost: float = 0.0
 
     def __bool__(self) -> bool:
         return self.ranks != self.before

@@ -14,6 +14,8 @@ from lorambo_alloc.allocation import Allocation
 from lorambo_alloc.arithmetic import round_down, round_up
 from lorambo_alloc.curves import GainCurves
 from lorambo_alloc.objectives import FloatArray, IntArray
+from lorambo_alloc.online.few_moves import filled_up
+from lorambo_alloc.online.limited_search import limited_search
 from lorambo_alloc.problem import Problem
 from lorambo_alloc.solve import solve
 
@@ -30,32 +32,31 @@ class Move:
 
     Attributes:
         ranks: int64 by layer.
-        allocation: these ranks, with the certificate.
-        raised: what a moved rank was charged beyond its own price, so that few enough move; units
-            of gain.
+        allocation: these ranks, with the certificate: beside any number of moves.
         moved: how many ranks move.
+        lost: at most this much is lost beside the best ranks with as few moves as were allowed;
+            exact but for the rounding of the gains' and prices' sums.
+        limited: whether the number of moves was limited.
     """
 
     ranks: IntArray
     allocation: Allocation
-    raised: float
     moved: int
+    lost: Fraction = Fraction(0)
+    limited: bool = False
 
     def notes(self, max_moves: int | None) -> list[str]:
         """What the limit on moves has done, in words."""
-        if max_moves is None or not (self.raised or self.moved > max_moves):
+        if max_moves is None or not self.limited:
             return []
         if self.moved > max_moves:
             return [
                 f"more than {max_moves} {'rank moves' if max_moves == 1 else 'ranks move'}, as no "
                 "fewer moves were found that keep to the budget and the limits"
             ]
-        lost = Fraction(self.raised) * (max_moves - self.moved)
-        lost += Fraction(self.allocation.certificate.gap)
+        most = "1 rank moves" if max_moves == 1 else f"{max_moves} ranks move"
         return [
-            f"each moved rank was charged {self.raised:.4g} more, so that at most {max_moves} "
-            f"{'moves' if max_moves == 1 else 'move'}; that loses at most {_at_least(lost)} beside "
-            "the best such move"
+            f"at most {most}; the best that keep to it gain at most {_at_least(self.lost)} more"
         ]
 
 
@@ -77,11 +78,13 @@ def best_move(
 
     At most `max_moves` ranks move: each is charged a price more, at which few enough do. Ranks that
     are best at that price are best among all with no more moves than they make (Everett 1963,
-    Theorem 1), and none with up to `max_moves` moves gains more than they do by over raised *
-    (max_moves - moved), plus the certificate's gap. The price is where the best ranks with too many
-    moves and those with few enough are worth the same; where others are worth more there, they take
-    the place of the former or the latter. Where the limits alone force more moves than `max_moves`,
-    the fewest possible are made.
+    Theorem 1), and none with up to `max_moves` moves gains more than they do by over the price
+    times the moves left, plus the certificate's gap. The price is where the best ranks with too
+    many moves and those with few enough are worth the same; where others are worth more there, they
+    take the place of the former or the latter. If moves are left then, they are used up by single
+    steps and exchanges (`filled_up`), and the best ranks are searched for (`limited_search`): where
+    there are caps, or too many candidates, what may still be lost is stated instead. Where the
+    limits alone force more moves than `max_moves`, the fewest possible are made.
 
     Gains and prices of single ranks are added in doubles; the solution is exact for these sums.
 
@@ -108,39 +111,77 @@ def best_move(
             kept[name] = gains[i] + np.where(np.arange(len(gains[i])) < now[i], price, -price)
         curves = GainCurves.from_increments(kept)
         allocation = _or_stay(solve(problem_of(curves), time_limit=time_limit), now)
-        ranks = allocation.ranks
-        return Move(ranks, allocation, more, int(np.abs(ranks - now).sum()))
+        return Move(allocation.ranks, allocation, int(np.abs(allocation.ranks - now).sum()))
 
     free = solved(0.0)
     if max_moves is None or free.moved <= max_moves:
         return free
-    best: Move | None = None
-    few_moved, few_gained = 0, 0.0  # to stay
-    if not _feasible(free.allocation.problem, now):
-        best = solved(_prohibitive(gains, now, switching))
-        max_moves = max(max_moves, best.moved)
-        if free.moved <= max_moves:
-            return free
-        few_moved, few_gained = best.moved, _gained(gains, now, switching, best.ranks)
-    many_moved, many_gained = free.moved, _gained(gains, now, switching, free.ranks)
+    problem, allowed = free.allocation.problem, max_moves
+    highest = _prohibitive(gains, now, switching)
+    least = Move(now, free.allocation, 0)
+    if not _feasible(problem, now):
+        least = solved(highest)
+        allowed = max(max_moves, least.moved)
+        if free.moved <= allowed:
+            return replace(free, limited=True)
     scale = max(float(np.max(np.abs(row))) for row in gains)
+    found = _priced(
+        solved, free, least, allowed, scale, lambda ranks: _gained(gains, now, switching, ranks)
+    )
+    price, found = (highest, solved(highest)) if found is None else found
+    ranks = filled_up(problem, found.ranks, now, allowed - found.moved)
+    lost = Fraction(price) * (allowed - found.moved) + Fraction(found.allocation.certificate.gap)
+    lost = max(Fraction(0), lost - problem.value_difference(ranks, found.ranks))
+    if lost and not problem.caps:
+        prices = found.allocation.certificate.price, price
+        better = limited_search(problem, now, allowed, prices, ranks)
+        if better is not None:
+            ranks, lost = better, Fraction(0)
+    moved = int(np.abs(ranks - now).sum())
+    return Move(ranks, _with_ranks(free.allocation, ranks), moved, lost, limited=True)
+
+
+def _priced(
+    solved: Callable[[float], Move],
+    many: Move,
+    few: Move,
+    max_moves: int,
+    scale: float,
+    gained: Callable[[IntArray], float],
+) -> tuple[float, Move] | None:
+    """A price of a move, and the best ranks at it, which make at most `max_moves`.
+
+    None where none was found in a number of tries.
+
+    Args:
+        solved: the best ranks at a price.
+        many: those at 0, which make more moves.
+        few: those with the fewest.
+        max_moves: see above.
+        scale: of a rank's gain.
+        gained: what ranks gain over the present ones.
+    """
+    best: tuple[float, Move] | None = None
+    few_moved, few_gained = few.moved, gained(few.ranks)
+    many_moved, many_gained = many.moved, gained(many.ranks)
     above = _ABOVE
     for _ in range(_SOLUTIONS):
         even = max(0.0, (many_gained - few_gained) / (many_moved - few_moved))
-        found = solved(even + above * (even or scale))
+        price = even + above * (even or scale)
+        found = solved(price)
         if found.moved > max_moves:
             if found.moved < many_moved:
-                many_moved, many_gained = found.moved, _gained(gains, now, switching, found.ranks)
+                many_moved, many_gained = found.moved, gained(found.ranks)
                 above = _ABOVE
             else:
                 above *= 256
             continue
-        if best is None or found.moved >= best.moved:
-            best = found
+        if best is None or found.moved >= best[1].moved:
+            best = price, found
         if found.moved == max_moves or found.moved <= few_moved:
             break
-        few_moved, few_gained = found.moved, _gained(gains, now, switching, found.ranks)
-    return best or solved(_prohibitive(gains, now, switching))
+        few_moved, few_gained = found.moved, gained(found.ranks)
+    return best
 
 
 def _gained(
@@ -173,22 +214,25 @@ def _feasible(problem: Problem, ranks: IntArray) -> bool:
 
 def _or_stay(allocation: Allocation, now: IntArray) -> Allocation:
     """The present ranks where these are worth no less than those of an allocation."""
+    problem = allocation.problem
+    if not _feasible(problem, now) or problem.value_difference(now, allocation.ranks) < 0:
+        return allocation
+    return _with_ranks(allocation, now)
+
+
+def _with_ranks(allocation: Allocation, ranks: IntArray) -> Allocation:
+    """Other feasible ranks, with the same proved bound."""
     problem, certificate = allocation.problem, allocation.certificate
-    if not _feasible(problem, now):
-        return allocation
-    more = problem.value_difference(now, allocation.ranks)
-    if more < 0:
-        return allocation
-    if more:  # a time limit ended the search
-        value = problem.value_of(now)
+    if problem.value_difference(ranks, allocation.ranks):
+        value = problem.value_of(ranks)
         gap = Fraction(certificate.upper_bound) - value
         certificate = replace(
             certificate,
             value=round_down(value),
             gap=round_up(gap),
-            status=certificate.status if gap else "optimal_exact",
+            status="gap_certified" if gap else "optimal_exact",
         )
-    return Allocation(problem, now, certificate)
+    return Allocation(problem, ranks, certificate)
 
 
 def _at_least(number: Fraction) -> str:

@@ -147,7 +147,7 @@ def test_a_restart_goes_on_to_the_bit(exploration):
             online.observe({n: c for n, c in noisy(rng).items() if rng.random() < 0.7})
             proposal = online.propose()
             online.accept(proposal)
-            found.append((proposal.ranks, proposal.reason, proposal.price, proposal.raised))
+            found.append((proposal.ranks, proposal.reason, proposal.price, proposal.lost))
             online.step()
         return found, online
 

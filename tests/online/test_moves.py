@@ -29,7 +29,10 @@ def situations(draw):
         rows = {name: sorted(row, reverse=True) for name, row in rows.items()}
     costs = {name: draw(st.integers(1, 7)) for name in names}
     now = {name: draw(st.integers(0, len(rows[name]))) for name in names}
-    switching = {name: draw(st.sampled_from([0.0, 0.25, 1.0]) | st.floats(0, 3)) for name in names}
+    switching = {
+        name: draw(st.sampled_from([0.0, 0.25, 1.0]) | st.floats(0, 3).map(lambda x: round(x, 6)))
+        for name in names
+    }
     budget = draw(st.integers(0, sum(costs[n] * len(rows[n]) for n in names)))
     return rows, costs, now, switching, budget
 
@@ -97,13 +100,12 @@ def test_few_moves_are_the_best_of_as_few_and_their_loss_is_bounded(situation, l
         fewest = max(value for value, _, m in moves if m == moved)
         assert float(fewest - mine) <= 1e-12
         return
-    assert float(max(v for v, _, m in moves if m <= moved) - mine) <= 1e-12
     best = max(v for v, _, m in moves if m <= limit)
-    assert float(best - mine) <= proposal.raised * (limit - moved) + 1e-12
+    assert float(best - mine) <= proposal.lost + 1e-12
     free = OnlineAllocator(costs, budget, **options)
     free.observe(curves_of(observed_rows(online)))
     if sum(map(abs, free.propose().moves.values())) <= limit:
-        assert proposal.raised == 0.0
+        assert proposal.lost == 0.0
 
 
 def test_the_limit_on_moves_is_reached_where_the_gains_differ():
@@ -121,8 +123,8 @@ def test_the_limit_on_moves_is_reached_where_the_gains_differ():
     assert moved[4] > 16
 
 
-@pytest.mark.parametrize(("price", "even"), [(0.0, 4.94), (0.5, 1.94)])
-def test_no_more_ranks_move_than_allowed_where_that_many_suffice(price, even):
+@pytest.mark.parametrize("price", [0.0, 0.5])
+def test_no_more_ranks_move_than_allowed_where_that_many_suffice(price):
     """Dropping six ranks of next to no gain is better by far than five of much, but is one more."""
     online = OnlineAllocator(
         {"a": 6, "b": 5}, 30, ranks={"a": 5, "b": 6}, max_moves=5, switching_cost={"b": price}
@@ -131,7 +133,6 @@ def test_no_more_ranks_move_than_allowed_where_that_many_suffice(price, even):
     proposal = online.propose()
     assert proposal.moves == {"a": -5}
     assert not any("more than 5" in note for note in proposal.notes)
-    assert proposal.raised == pytest.approx(even, rel=1e-9)  # there the two are worth the same
 
 
 def test_as_few_as_possible_move_where_the_budget_takes_more_than_allowed():
@@ -154,7 +155,7 @@ def test_it_is_said_why_ranks_stay():
         online.observe(curves)
         reasons.append(online.propose().reason)
     assert reasons == [
-        "no move is worth what keeps to max_moves = 1",
+        "no move within max_moves = 1 gains anything",
         "no move is worth its switching cost",
         "no move gains anything",
     ]
@@ -188,20 +189,39 @@ def test_what_a_time_limit_leaves_open_is_certified_of_the_ranks_proposed():
     assert stayed > 0
 
 
-def test_what_is_lost_by_few_moves_counts_what_the_time_limit_leaves_open():
-    stopped = 0
-    for seed in range(40):
-        online = hard(seed, max_moves=3)
+@pytest.mark.parametrize("caps", [False, True])
+def test_what_is_lost_by_few_moves_is_no_less_than_stated(caps):
+    """Without caps nothing is; with caps the prices' bound is stated, as is no more than true."""
+    lost = 0
+    for seed in range(80):
+        rng = np.random.default_rng(seed)
+        names = ["a", "b", "c", "d"]
+        costs = {name: int(cost) for name, cost in zip(names, rng.integers(1, 6, 4), strict=True)}
+        rows = {name: rng.choice([0.0, 0.5, 1.0, 2.0, 3.5], 3).tolist() for name in names}
+        now = {name: int(rank) for name, rank in zip(names, rng.integers(0, 3, 4), strict=True)}
+        budget = sum(costs[name] * rank for name, rank in now.items()) + 1
+        options = {"caps": {"half": (["a", "b"], 2 * (costs["a"] + costs["b"]))}} if caps else {}
+        online = OnlineAllocator(costs, budget, ranks=now, max_moves=3, **options)
+        online.observe(curves_of(rows))
         proposal = online.propose()
+        moves = [
+            (value, ranks)
+            for value, ranks, moved in every_move(rows, costs, now, dict.fromkeys(names, 0), budget)
+            if moved <= 3
+            and (
+                not caps or sum(costs[n] * ranks[n] for n in "ab") <= 2 * (costs["a"] + costs["b"])
+            )
+        ]
+        mine = next(value for value, ranks in moves if ranks == proposal.ranks)
+        best = max(value for value, _ in moves)
+        assert best - mine <= Fraction(proposal.lost)
+        assert proposal.lost == 0 or caps
+        lost += proposal.lost > 0
         for note in proposal.notes:
-            if "loses at most" in note:
-                said = Fraction(note.split("loses at most ")[1].split()[0])
-                moved = sum(map(abs, proposal.moves.values()))
-                assert proposal.allocation is not None
-                gap = Fraction(proposal.allocation.certificate.gap)
-                assert said >= Fraction(proposal.raised) * (3 - moved) + gap
-                stopped += gap > 0
-    assert stopped > 5
+            if "gain at most" in note:
+                said = note.split("gain at most ")[1].split()[0]
+                assert Fraction(said) >= Fraction(proposal.lost)
+    assert (lost > 3) == caps
 
 
 def test_a_limit_on_moves_takes_few_solutions(monkeypatch):
@@ -228,7 +248,7 @@ def test_a_limit_on_moves_takes_few_solutions(monkeypatch):
 
 def test_the_price_of_a_move_is_found_where_gains_differ_by_their_last_bits():
     """There a price just above the even one may be lost in rounding."""
-    raised = []
+    lost = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
         costs = {f"layer{i}": int(cost) for i, cost in enumerate(rng.choice([1, 2, 3], 4))}
@@ -237,9 +257,8 @@ def test_the_price_of_a_move_is_found_where_gains_differ_by_their_last_bits():
         online = OnlineAllocator(costs, budget, ranks=now, max_moves=1)
         last_bits = {name: 2.0**-52 * rng.integers(0, 7, 4) for name in costs}
         online.observe(curves_of({n: (c * (1 + last_bits[n])).tolist() for n, c in costs.items()}))
-        raised.append(online.propose().raised)
-    assert sum(price > 0 for price in raised) > 10
-    assert max(raised) < 1e-12
+        lost.append(online.propose().lost)
+    assert max(lost) < 1e-12
 
 
 def test_a_share_of_the_price_does_not_depend_on_the_unit():
@@ -361,3 +380,29 @@ def test_of_equally_good_ranks_the_present_ones_stay(now):
     online = OnlineAllocator({"a": 1, "b": 1}, 2, ranks=now)
     online.observe({"a": [0.0, 1.0, 2.0], "b": [0.0, 1.0, 2.0]})
     assert not online.propose()
+
+
+def test_a_limit_on_moves_delays_the_optimum_but_does_not_prevent_it():
+    """Where flat curves gain alike, one price on all moves jumps past the limit for ever."""
+    rng = np.random.default_rng(0)
+    costs = {f"layer{i}": int(cost) for i, cost in enumerate(rng.choice([768, 960, 1920], 24))}
+    scale = rng.lognormal(sigma=0.7, size=24)
+    powers = np.where(np.arange(24) < 8, 0.1, 1.0)
+    rows = {name: scale[i] * np.arange(1.0, 25.0) ** -powers[i] for i, name in enumerate(costs)}
+    budget, now = 4 * sum(costs.values()), dict.fromkeys(costs, 4)
+    free = OnlineAllocator(costs, budget, ranks=now)
+    free.observe(curves_of(rows))
+    best = free.propose().allocation.value
+    # Two moves cannot exchange one dear rank for two cheap ones.
+    for limit, rounds, share in ((2, 120, 0.95), (5, 60, 0.99)):
+        online = OnlineAllocator(costs, budget, ranks=now, max_moves=limit)
+        online.observe(curves_of(rows))
+        value = 0.0
+        for _ in range(rounds):
+            proposal = online.propose()
+            assert proposal.allocation.value >= value
+            value = proposal.allocation.value
+            assert sum(map(abs, proposal.moves.values())) <= limit
+            assert proposal.allocation.certificate.upper_bound >= best
+            online.accept(proposal)
+        assert value > share * best

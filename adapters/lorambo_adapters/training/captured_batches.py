@@ -15,7 +15,8 @@ try:
     import torch
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
-        "lorambo_adapters.training.captured_batches needs torch: pip install 'lorambo-alloc[torch]'",
+        "lorambo_adapters.training.captured_batches needs torch: "
+        "pip install 'lorambo-alloc[torch]'",
         name=missing.name,
     ) from missing
 

@@ -9,7 +9,8 @@ try:
     import torch
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
-        "lorambo_adapters.training.controller_state needs torch: pip install 'lorambo-alloc[torch]'",
+        "lorambo_adapters.training.controller_state needs torch: "
+        "pip install 'lorambo-alloc[torch]'",
         name=missing.name,
     ) from missing
 

@@ -35,6 +35,7 @@ from lorambo_adapters.spectra.sample_derivatives import SampleDerivatives
 from lorambo_adapters.spectra.sketcher import GradientSketcher, positive_scale
 from lorambo_adapters.training.curves import kept_gains, new_gains, outside
 from lorambo_adapters.training.probe_layers import Place, find_places
+from lorambo_adapters.training.probe_passes import Once, fisher_passes, one_graph_goes_once
 from lorambo_alloc.costs import whole_number
 from lorambo_alloc.objectives import real_number
 
@@ -126,7 +127,9 @@ class RankProbe:
             More of it makes gains smaller, and less noisy.
         loss_scale: a number or a `torch.amp.GradScaler`: multiplies the loss, and is divided out.
         workers: data-parallel processes, each with batches of its own: sums are added up, and all
-            have the same result to the bit. Entered, if there are several.
+            have the same result to the bit. Entered, if there are several. With `fully_shard`, each
+            has as many batches, and an error in one of them can end the others at the time limit
+            of their collective calls only; every backward pass has a forward pass of its own.
         seed: of test matrices and random numbers (worker i: seed + i), the same in each probe.
 
     Raises:
@@ -297,22 +300,23 @@ class RankProbe:
         scale = positive_scale(self._loss_scale)
         hooks = GradientHooks(derivatives.layers, derivatives.receive, model=model)
         empirical = self._losses.empirical
+        afresh = one_graph_goes_once(model)
+        own = self._own and not afresh
         with hooks, torch.enable_grad():
             for batch in batches:
                 samples = self._samples(batch)
                 derivatives.begin(samples, mask(batch))
                 hooks.begin()
-                once: Any = _Once(model) if self._own else model
-                labelled = None
+                once: Any = Once(model) if own else model
+                labelled, terms = None, 0
                 if not empirical:
                     loss, labelled = self._losses.total(once, batch)
-                    (loss / labelled * scale).backward(retain_graph=self._own)
+                    (loss / labelled * scale).backward(retain_graph=own)
                     sums.add(derivatives, labelled / scale, data=True)
-                terms, scalars = self._losses.moments(once, batch)
-                if labelled is not None:
-                    same_number(terms, labelled)
-                for scalar, last in scalars:
-                    (scalar / terms * scale).backward(retain_graph=not last)
+                for terms, scalar, again in fisher_passes(self._losses, once, batch, afresh):
+                    if labelled is not None:
+                        same_number(terms, labelled)
+                    (scalar / terms * scale).backward(retain_graph=again)
                     sums.add(derivatives, terms / scale, data=empirical)
                 sums.count(terms, samples)
         sums.check()
@@ -343,19 +347,6 @@ class RankProbe:
             if u.shape[1] > n:
                 directions[name] = u[:, n:].clone(), v[:, n:].clone()
         return curves, directions
-
-
-class _Once:
-    """A model that is called once: later calls get the first one's outputs."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-        self._outputs: Any = None
-
-    def __call__(self, **batch: Any) -> Any:
-        if self._outputs is None:
-            self._outputs = self._model(**batch)
-        return self._outputs
 
 
 def _by_sample(

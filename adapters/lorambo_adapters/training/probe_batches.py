@@ -7,7 +7,7 @@ import json
 import random
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from lorambo_adapters.spectra.batches import same_random_numbers
 from lorambo_adapters.spectra.distributed import Workers
 from lorambo_adapters.spectra.probe import cycled
 from lorambo_adapters.training.captured_batches import CapturedBatches
+from lorambo_adapters.training.fewer_samples import first_samples, half_of
+from lorambo_alloc.costs import whole_number
 
 
 class ProbeBatches:
@@ -33,7 +35,8 @@ class ProbeBatches:
         model: the one that the training calls: with its wrapper, if it has one.
         collection: any iterable; None: there is none.
         count: how many a probe has.
-        samples: how many samples of a batch to measure on, its first ones; None: all.
+        samples: how many samples of a batch to measure on, its first ones. "half": half of each
+            that is not of a collection, as `half_of` takes it. None: all.
         has_loss: whether there is a function for the loss, so that labels are not asked for.
         seed: of the generators while a batch is taken from the collection.
     """
@@ -44,12 +47,14 @@ class ProbeBatches:
         collection: Iterable[Any] | None,
         count: int,
         *,
-        samples: int | None,
+        samples: int | Literal["half"] | None,
         has_loss: bool,
         seed: int,
     ) -> None:
         self._model, self._count, self._has_loss = peeled(model)[0], count, has_loss
-        self._samples = samples
+        if samples is not None and samples != "half":
+            samples = whole_number(samples, "samples_per_batch", 1)
+        self._samples: int | Literal["half"] | None = samples
         self._given: deque[Any] = deque(maxlen=count)
         self._captured = CapturedBatches(model, count)
         self._cycled = None
@@ -93,8 +98,7 @@ class ProbeBatches:
             else:
                 found = list(self._given) or self._captured.batches()
             check_loss(found, self._has_loss)
-            if self._samples is not None:
-                found = [first_samples(batch, self._samples) for batch in found]
+            found = self._fewer(found)
         except Exception as error:
             failure = error
         least = len(found)
@@ -110,6 +114,14 @@ class ProbeBatches:
         if failure is not None:
             raise failure
         return found if least > 1 else []
+
+    def _fewer(self, batches: list[Any]) -> list[Any]:
+        samples = self._samples
+        if samples is None or (samples == "half" and self._cycled is not None):
+            return batches
+        if samples == "half":
+            return [half_of(batch) for batch in batches]
+        return [first_samples(batch, samples) for batch in batches]
 
     @contextlib.contextmanager
     def undisturbed(self) -> Generator[None]:
@@ -185,30 +197,6 @@ def same_generators(model: torch.nn.Module) -> Generator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-def first_samples(batch: Any, count: int) -> dict[str, Any]:
-    """The first samples of a batch: every tensor whose first dimension is theirs is cut.
-
-    Raises:
-        ValueError: it is no mapping with a tensor.
-    """
-    tensors = [v for v in batch.values() if _is_rows(v)] if hasattr(batch, "values") else []
-    if not tensors:
-        raise ValueError(
-            "samples_per_batch: expected batches that are mappings with tensors, got "
-            f"{type(batch).__name__}"
-        )
-    labels = batch.get("labels")
-    whole = len(labels if _is_rows(labels) else tensors[0])
-    return {
-        key: value[:count] if _is_rows(value) and len(value) == whole else value
-        for key, value in batch.items()
-    }
-
-
-def _is_rows(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
 class NoLossError(ValueError):
