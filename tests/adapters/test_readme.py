@@ -53,3 +53,13 @@ def test_from_a_model_to_ranks_in_ten_lines(tmp_path):
     exec(compile(code_after("ranks to model"), "README.md", "exec"), names)
     trained = sum(p.numel() for p in names["model"].parameters() if p.requires_grad)
     assert trained == allocation.cost
+    loop = code_after("ranks that move").replace('"ranks.json"', repr(str(tmp_path / "ranks.json")))
+    texts = torch.randint(0, 99, (8, 4, 12), generator=torch.Generator().manual_seed(0))
+    names |= {
+        "loader": [{"input_ids": ids, "labels": ids} for ids in texts],
+        "optimizer": torch.optim.AdamW(names["model"].parameters()),
+    }
+    names["model"].train()
+    exec(compile(loop.replace("100", "2"), "README.md", "exec"), names)
+    assert names["allocator"].cost <= names["allocator"].budget_at(0) < allocation.cost
+    assert len(names["ranks"].history) > 1
