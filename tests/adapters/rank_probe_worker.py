@@ -1,8 +1,8 @@
 """What one worker of tests/adapters/test_rank_probe_workers.py runs: FOLDER MODE ...
 
-"same" (a model in each), "ddp", "fsdp" (`fully_shard`), "fault" (worker 1 fails in its second
-pass), "memory" (in its first), "few" (it has one batch) or "lost" (it ends). Results go to FOLDER,
-a file a worker.
+"same" (a model in each), "ddp", "fsdp" (`fully_shard`), "true" (likewise, the true Fisher, and a
+model with a loss of its own), "fault" (worker 1 fails in its second pass), "memory" (in its first),
+"few" (it has one batch) or "lost" (it ends). Results go to FOLDER, a file a worker.
 """
 
 import json
@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 
 from lorambo_adapters.spectra.distributed import WorkerLost, Workers
+from lorambo_adapters.spectra.fisher import TrueFisher
 from lorambo_adapters.training.probe import ProbeFailed, RankProbe
 from lorambo_alloc.storage import replacing
 from tests.adapters.resize_models import plain
+from tests.adapters.trained_models import batch, classifier
 
 BATCHES = 4
 
@@ -30,6 +32,13 @@ def make(**options):
         (torch.randn(6 + i, 8).double(), torch.randn(6 + i, 3).double()) for i in range(2 * BATCHES)
     ]
     return model, batches
+
+
+def make_own():
+    """A model whose loss is its own, and whose outputs `fully_shard` finds no tensors in."""
+    torch.set_num_threads(1)
+    model = classifier(dtype=torch.float64).eval()
+    return model, [batch(i, torch.float64) for i in range(2 * BATCHES)]
 
 
 def squares(model, batch):
@@ -45,13 +54,13 @@ def shares(batches, index, count):
 def wrapped(mode, model):
     if mode == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
-    if mode != "fsdp":
+    if mode not in ("fsdp", "true"):
         return model
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for name in ("first", "second", "last"):
+    for name in ("first", "second", "last")[: 2 if mode == "true" else 3]:
         fully_shard(model.get_base_model().get_submodule(name), mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -68,11 +77,12 @@ def held(model):
 
 
 def train(model, batch):
-    squares(model, batch).mean().backward()
+    loss = model(**batch).loss if isinstance(batch, dict) else squares(model, batch).mean()
+    loss.backward()
 
 
 def run(mode, folder):
-    model, batches = make()
+    model, batches = make_own() if mode == "true" else make()
     rank, count = dist.get_rank(), dist.get_world_size()
     model = wrapped(mode, model)
     calls = []
@@ -95,7 +105,9 @@ def run(mode, folder):
         train(model, mine[0])
         before = held(model)
         try:
-            probe = RankProbe(model, loss_fn=losses, ahead=3, workers=workers)
+            options: Any = {"fisher": TrueFisher(draws="all")} if mode == "true" else {}
+            options.setdefault("loss_fn", None if options else losses)
+            probe = RankProbe(model, ahead=3, workers=workers, **options)
             measured = probe.measure(mine)
             found = {name: curve.tolist() for name, curve in measured.curves.items()}
             for name, (u, v) in measured.directions.items():
@@ -117,7 +129,13 @@ def write(folder, rank, found):
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    # By a file: a port that was free when it was looked for can be another process's by now.
+    dist.init_process_group(
+        "gloo",
+        init_method=(Path(sys.argv[1]) / "rendezvous").absolute().as_uri(),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     for mode in sys.argv[2:]:
         run(mode, Path(sys.argv[1]) / mode)
     dist.destroy_process_group()

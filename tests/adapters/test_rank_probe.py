@@ -345,6 +345,22 @@ def test_a_product_is_decomposed_without_its_zeros():
     torch.testing.assert_close((u * sigma) @ v.T, -3.0 * left @ right)
 
 
+def test_rounding_in_a_rank_is_nothing_that_it_has_learnt():
+    model, batches = plain(random=False), pairs(inputs=8, outputs=3)
+    factors = model.get_base_model().first
+    b, a = (getattr(factors, f"lora_{side}")["default"].weight for side in "BA")
+    with torch.no_grad():
+        # A gradient of rank 1, rounded as in float32 training.
+        b += 1e-3 * torch.outer(torch.randn(7).double(), a @ torch.randn(8).double())
+    wanted = RankProbe(model, loss_fn=half_squares, ahead=3).measure(batches)
+    assert wanted.directions["first"][0].shape[1] == 6
+    with torch.no_grad():
+        b.copy_(b.float())
+    found = RankProbe(model, loss_fn=half_squares, ahead=3).measure(batches)
+    np.testing.assert_allclose(found.curves["first"], wanted.curves["first"], rtol=1e-4)
+    assert len(set(found.curves["first"])) == 8
+
+
 class Scaled(torch.nn.Module):
     """A layer in other units: inputs times a, and the weight over a."""
 

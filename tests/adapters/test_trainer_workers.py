@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,19 +15,12 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("trainer_worker.py")
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def run(folder, *modes):
     """Both processes' exit statuses; nobody ends one because the other has ended."""
     for mode in modes:
         (folder / mode).mkdir()
     path = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
     shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(folder), *modes],

@@ -82,7 +82,7 @@ def main(mode, folder):
     loop.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-2)
     probe = batches = None
     loss_fn: Any = None
-    if mode in ("fsdp", "move", "kill"):
+    if mode in ("move", "kill"):
         probe = Told(curves(first=9.0, last=0.2), curves(first=0.1, second=9.0, last=3.0))
     if worker == 1 and mode == "probe":
         loss_fn = lambda model, batch: 1 / 0  # noqa: E731
@@ -125,7 +125,13 @@ def main(mode, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    # By a file: a port that was free when it was looked for can be another process's by now.
+    dist.init_process_group(
+        "gloo",
+        init_method=(Path(sys.argv[1]) / "rendezvous").absolute().as_uri(),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     for mode in sys.argv[2:]:
         main(mode, Path(sys.argv[1]) / mode)
     dist.destroy_process_group()

@@ -233,6 +233,9 @@ def groups(folder):
         alone = gradient_spectra(model, mine, loss, **options)
     for name, values in alone.items():
         assert abs(shared[name] - values).max() < 1e-12 * values[0]
+    for again in range(3):
+        with Workers(pairs[rank % 2]) as workers:  # the first connection's addresses are closed
+            assert workers.count_all(again + rank // 2) == 2 * again + 1
     dist.destroy_process_group()
 
 

@@ -28,6 +28,7 @@ except ModuleNotFoundError as missing:
 
 # Workers meet after hours of work of their own; one that died is noticed by its closed connection.
 _PATIENCE = timedelta(days=7)
+_ENTERED: set[tuple[int, ...]] = set()  # ranks of groups that were connected before
 
 
 class WorkerLost(RuntimeError):
@@ -87,10 +88,16 @@ class Workers:
         if self.count > 1:
             with self._told():
                 self._ranks = dist.get_process_group_ranks(self._parent or dist.group.WORLD)
-                # One of our own: gloo for what lies on the CPU, and patience. Where others do not
-                # take part, its name comes from the ranks; the second group of a name can be led
-                # by the store to the first one's closed addresses, so among all it has a number.
+                # One of our own: gloo for what lies on the CPU, and patience. Among all processes
+                # its name is a number; where others do not take part, it is made of the ranks and
+                # of how many groups there are. The second group of a name would be led by the
+                # store to the first one's closed addresses, so there has to be one group more.
                 some = len(self._ranks) < dist.get_world_size()
+                if some and tuple(self._ranks) in _ENTERED:
+                    dist.new_group(
+                        [dist.get_rank()], backend="gloo", use_local_synchronization=True
+                    )
+                _ENTERED.add(tuple(self._ranks))
                 group = dist.new_group(
                     self._ranks, timeout=_PATIENCE, backend="gloo", use_local_synchronization=some
                 )

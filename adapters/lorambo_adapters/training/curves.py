@@ -13,7 +13,9 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
-_ROUNDING = 1e-12  # of a product's singular values, relative to its factors' norms, in float64
+# Of a product's singular values, relative to its factors' norms. Factors in float32 are rounded by
+# 6e-8, which is no learning; below this a rank has no share in what the layer computes.
+_LEARNT = 1e-6
 _INSIDE = 1e-6  # what is left of a direction inside a span, relative to its norm
 
 FloatArray = npt.NDArray[np.float64]
@@ -21,7 +23,7 @@ Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def product_pairs(left: torch.Tensor, right: torch.Tensor, scale: float) -> Triplets:
-    """The singular value decomposition of scale * left @ right, without values that are zero.
+    """The singular value decomposition of scale * left @ right, without values that are about zero.
 
     Args:
         left: d x r.
@@ -29,7 +31,8 @@ def product_pairs(left: torch.Tensor, right: torch.Tensor, scale: float) -> Trip
         scale: any number.
 
     Returns:
-        (U, sigma, V), d x n, n descending and k x n, float64; n <= r. No d x k product is formed.
+        (U, sigma, V), d x n, n descending and k x n, float64; n <= r: values above a millionth of
+        the product of the factors' norms. No d x k product is formed.
 
     Example:
         >>> b, a = torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.eye(2)
@@ -40,7 +43,7 @@ def product_pairs(left: torch.Tensor, right: torch.Tensor, scale: float) -> Trip
     columns, upper = torch.linalg.qr(left)
     rows, lower = torch.linalg.qr(right.T)
     u, values, vt = torch.linalg.svd(scale * upper @ lower.T, full_matrices=False)
-    bound = _ROUNDING * abs(scale) * float(upper.norm()) * float(lower.norm())
+    bound = _LEARNT * abs(scale) * float(upper.norm()) * float(lower.norm())
     kept = int((values > bound).sum())
     return columns @ u[:, :kept], values[:kept], rows @ vt[:kept].T
 

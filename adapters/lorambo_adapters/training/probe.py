@@ -78,9 +78,10 @@ class RankProbe:
       tr((C_mm + rho I)^-1 V_mm)) for the first m of them, with V the covariance of b's estimate.
       As other samples measure them than have found them, and V is taken off, neither chance adds to
       the gain in expectation (given C). Single measurements may be negative.
-    - A rank that has learnt nothing yet (B or A is zero) is no direction of s B A; it is worth what
-      a new one is. So at the start of training, F(r) is what the r best directions save. If fewer
-      directions are found than there are such ranks, the last value is repeated.
+    - A rank that has learnt nothing yet (B or A is zero, or its singular value is, to a millionth
+      of both factors' norms) is no direction of s B A; it is worth what a new one is. So at the
+      start of training, F(r) is what the r best directions save. If fewer directions are found than
+      there are such ranks, the last value is repeated.
 
     Curves need be neither monotone nor concave. Layers are looked at one by one: what several
     changes together do is not part of it.
