@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="torch is absent: pip install 'loram
 peft = pytest.importorskip("peft", reason="peft is absent: pip install 'lorambo-alloc[peft]'")
 
 from lorambo_adapters.training.captured_batches import CapturedBatches, Precision  # noqa: E402
+from lorambo_adapters.training.fewer_samples import half_of  # noqa: E402
 from lorambo_adapters.training.probe_batches import CycledBatches, same_generators  # noqa: E402
 from lorambo_alloc import uniform_rank  # noqa: E402
 from tests.adapters.trained_models import (  # noqa: E402
@@ -236,7 +237,7 @@ def nothing(loop, controller):
     [
         (without_labels, "expected 'labels' .* got 'x' without them; give loss_fn="),
         (by_place, "expected 'labels' .* got a batch of type tuple"),
-        (nothing, "expected calls of the model to measure on, got none"),
+        (nothing, "expected calls of the model in training mode .*, got none"),
     ],
 )
 def test_batches_without_a_loss_are_an_error_at_the_first_probe(run, message):
@@ -265,6 +266,69 @@ def test_a_collection_and_batches_given_do_not_go_together():
     with pytest.raises(ValueError, match="batch: expected none beside batches=, got one"):
         controller.step(batch(0))
     assert controller.allocator.steps == 0
+
+
+def test_by_default_half_of_each_batch_of_the_training_is_measured_on():
+    loop = Loop(classifier())
+    probe = Told(curves())
+    loop.run(3, controlled(loop, uniform_rank(4), probe=probe))
+    assert [len(part["x"]) for part in probe.batches[0]] == [3, 3]
+    assert [len(part["labels"]) for part in probe.batches[0]] == [3, 3]
+    controller = controlled(loop, uniform_rank(4), probe=probe)
+    for i in range(3):
+        controller.step(batch(i))
+    for number, found in zip((1, 2), probe.batches[-1], strict=True):
+        assert torch.equal(found["x"], batch(number)["x"][:3])
+
+
+@pytest.mark.parametrize("samples", ["half", None])
+def test_batches_of_a_collection_are_whole_and_so_are_others_if_wanted(samples):
+    loop = Loop(classifier())
+    probe = Told(curves())
+    given = [batch(i) for i in range(2)] if samples else None
+    controller = controlled(
+        loop, uniform_rank(4), probe=probe, batches=given, samples_per_batch=samples
+    )
+    loop.run(3, controller)
+    assert [len(part["x"]) for part in probe.batches[0]] == [6, 6]
+
+
+@pytest.mark.parametrize(("samples", "half"), [(1, 1), (2, 2), (3, 2), (4, 2), (5, 3), (43, 22)])
+def test_half_is_rounded_up_and_at_least_two(samples, half):
+    whole = {
+        "input_ids": torch.arange(2 * samples).reshape(samples, 2),
+        "position_ids": torch.arange(2)[None],
+        "labels": torch.arange(samples),
+        "return_dict": True,
+        "cache": None,
+        "scale": torch.tensor(2.0),
+    }
+    cut = half_of(whole)
+    assert {key: value for key, value in cut.items() if key in ("return_dict", "cache")} == {
+        "return_dict": True,
+        "cache": None,
+    }
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:half])
+    assert torch.equal(cut["labels"], whole["labels"][:half])
+    assert cut["position_ids"] is whole["position_ids"]
+    assert cut["scale"] is whole["scale"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.zeros(8, 2),
+        (torch.zeros(8, 2), torch.zeros(8)),
+        {"x": torch.zeros(8, 2), "patches": torch.zeros(20, 2)},
+        {"x": torch.zeros(8, 2), "texts": ["a"] * 8},
+        {"x": torch.zeros(8, 2), "more": {"x": torch.zeros(8)}},
+        {"x": torch.tensor(1.0)},
+        {},
+    ],
+    ids=["tensor", "tuple", "patches", "list", "nested", "number", "nothing"],
+)
+def test_batches_that_may_not_be_cut_are_taken_whole(given):
+    assert half_of(given) is given
 
 
 def test_a_probe_may_have_the_first_samples_alone():

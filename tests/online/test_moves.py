@@ -350,6 +350,8 @@ def test_fixed_costs_belong_to_the_cost():
     assert online.cost == 5
     online.observe({"a": [0, 4, 4.5, 5], "b": [0, 5, 5.5, 6]})
     assert online.propose().ranks == {"a": 0, "b": 2}
+    assert online.fixed_costs == {"a": 3, "b": 5}
+    assert OnlineAllocator({"a": 2}, 9).fixed_costs == {"a": 0}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from inspect import Parameter
-from typing import Any
+from typing import Any, TypeAlias
 
 try:
     import torch
@@ -77,11 +77,46 @@ class Precision:
                 leave()
 
 
-class CapturedBatches:
-    """What the model's last calls were given, by reference: it costs no time and no copies.
+_Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
-    Calls without gradients (an evaluation) are passed over. Tensors that are written over after the
-    call, as those of a CUDA graph, are not what they were.
+
+def _without_graph(value: Any) -> Any:
+    """A tensor that needs no gradient: a probe's passes end there, and it holds no graph."""
+    wanted = isinstance(value, torch.Tensor) and value.requires_grad
+    return value.detach() if wanted else value
+
+
+class _Listener:
+    """The hook on the model; in copies of the model, and in what it is saved as, one that is idle.
+
+    It holds neither the model nor the batches.
+    """
+
+    def __init__(self, owner: CapturedBatches, model: torch.nn.Module) -> None:
+        self._owner, self._model = weakref.ref(owner), weakref.ref(model)
+        self._inner = weakref.ref(peeled(model)[0])
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        owner, inner = self._owner(), self._inner()
+        if owner is None or inner is None or module is not self._model():
+            return
+        if inner.training and torch.is_grad_enabled():
+            owner.keep(args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Takes any arguments and does nothing; loading it needs the standard library alone.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class CapturedBatches:
+    """What the model's last training calls were given, by reference: no copies are made.
+
+    Calls in evaluation mode and calls without gradients are passed over. Tensors that are part of a
+    graph are kept without it. Tensors that are written over after the call, as those of a CUDA
+    graph, are not what they were. Copies of the model, and what it is saved as, are not listened
+    to.
 
     Args:
         model: the one that the training calls: with its wrapper, if it has one.
@@ -92,19 +127,21 @@ class CapturedBatches:
     """
 
     def __init__(self, model: torch.nn.Module, count: int) -> None:
-        self._calls: deque[tuple[tuple[Any, ...], dict[str, Any]]] = deque(maxlen=count)
+        self._calls: deque[_Call] = deque(maxlen=count)
         self.precision: Precision | None = None
         self._base: Any = weakref.ref(unwrap(peeled(model)[0]))
         device = next((p.device.type for p in model.parameters()), "cpu")
-        own, calls, this = weakref.ref(model), self._calls, weakref.ref(self)
+        self._device = device
+        self._handle = model.register_forward_pre_hook(_Listener(self, model), with_kwargs=True)
 
-        # A function, which a copy of the model shares instead of copying the batches.
-        def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is own() and torch.is_grad_enabled() and (owner := this()) is not None:
-                calls.append((args, kwargs))
-                owner.precision = Precision.now(device)
-
-        self._handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+    def keep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep a call's arguments, and the precision it is made under."""
+        call = (
+            tuple(_without_graph(value) for value in args),
+            {key: _without_graph(value) for key, value in kwargs.items()},
+        )
+        self._calls.append(call)
+        self.precision = Precision.now(self._device)
 
     def __len__(self) -> int:
         return len(self._calls)

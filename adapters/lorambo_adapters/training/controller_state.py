@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 try:
     import torch
 except ModuleNotFoundError as missing:
@@ -76,7 +79,8 @@ def restored(
     try:
         history, position = RankHistory.from_json(state["history"]), state["position"]
         allocator.load_state_dict(state["allocator"])
-        if history.costs != allocator.costs:
+        known = allocator.costs, allocator.fixed_costs
+        if (history.costs, history.fixed_costs) != known:
             raise ValueError("state: expected a history of the allocator's layers, got another")
         mask_as(model, {"active": state["active"]}, adapter)
         check_ranks(allocator, model, adapter)
@@ -89,6 +93,13 @@ def restored(
             raise ValueError(f"state: expected an entry {error}, got none") from error
         raise
     return history
+
+
+def rounded(curves: Mapping[str, npt.NDArray[np.float64]]) -> dict[str, list[float]]:
+    """To 6 significant digits, for a record; the allocator's own estimates are exact."""
+    return {
+        name: [float(f"{value:.6g}") for value in curve.tolist()] for name, curve in curves.items()
+    }
 
 
 def _active(model: torch.nn.Module, adapter: str) -> dict[str, list[int]]:

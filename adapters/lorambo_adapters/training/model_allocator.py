@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 try:
@@ -122,14 +122,19 @@ def _both(own: Mapping[str, int], given: Limit, stricter: Callable[..., int]) ->
     )
 
 
+def ranks_of(model: torch.nn.Module, adapter: str, names: Iterable[str]) -> dict[str, int]:
+    """The ranks that these layers have; 0 where there is no adapter."""
+    present = active_ranks(model, adapter)
+    return {name: present.get(name, 0) for name in names}
+
+
 def check_ranks(allocator: OnlineAllocator, model: torch.nn.Module, adapter: str) -> None:
     """Make sure that the allocator's layers and ranks are the model's.
 
     Raises:
         ValueError: a layer is not there, or has another rank.
     """
-    present = active_ranks(model, adapter)
-    spare = spare_layers(model, adapter)
+    present, spare = active_ranks(model, adapter), spare_layers(model, adapter)
     for name, rank in allocator.ranks.items():
         if name not in present and name not in spare:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Literal
@@ -127,12 +128,14 @@ class ProbeBatches:
     def undisturbed(self) -> Generator[None]:
         """Inside, the model's calls are made as the training made its last one, and not kept.
 
-        The random generators are left as they were.
+        They run without torch.compile: nothing is compiled for hooks and sizes of a probe. The
+        random generators are left as they were.
         """
         precision = self._captured.precision
         with contextlib.ExitStack() as stack:
             stack.enter_context(same_generators(self._model))
             stack.enter_context(self._captured.paused())
+            stack.enter_context(_uncompiled())
             if precision is not None:
                 stack.enter_context(precision.during_calls(self._model))
             yield
@@ -186,6 +189,13 @@ class CycledBatches:
         self.take(position - self.position)
 
 
+def _uncompiled() -> contextlib.AbstractContextManager[object]:
+    """Inside, nothing runs compiled, also what was compiled in its place (torch from 2.6 on)."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 @contextlib.contextmanager
 def same_generators(model: torch.nn.Module) -> Generator[None]:
     """Leave all random generators as they were: torch's, numpy's global one, and Python's."""
@@ -215,8 +225,9 @@ def check_loss(batches: Sequence[Any], has_loss: bool) -> None:
     """
     if not batches:
         raise NoLossError(
-            "expected calls of the model to measure on, got none: give the controller the model "
-            "that the loop calls (with its wrapper), or call step(batch), or give batches="
+            "expected calls of the model in training mode to measure on, got none: give the "
+            "controller the model that the loop calls (with its wrapper), or call step(batch), or "
+            "give batches="
         )
     for batch in () if has_loss else batches:
         got = f"a batch of type {type(batch).__name__}"
