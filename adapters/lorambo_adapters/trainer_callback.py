@@ -57,13 +57,19 @@ class RankCallback(TrainerCallback):
     was never interrupted, to the bit on one device, if the next probe comes `batches_per_probe`
     batches or more after the checkpoint: those before it are not stored. Otherwise give `batches`.
 
-    After a step that moved ranks, the next entry of the Trainer's log has `ranks_moved`,
-    `rank_price` (gain per parameter) and `rank_parameters`. They are in `state.log_history`; of the
-    other callbacks, those that come later see them.
+    With `model_init` the Trainer makes another model for each training, and loads a checkpoint into
+    it before a callback sees it: there, `restore_ranks` belongs into `model_init`.
+
+    After a step that moved ranks, the next entry with a loss in the Trainer's log has
+    `ranks_moved`, `rank_price` (gain per parameter) and `rank_parameters`. They are in
+    `state.log_history`; of the other callbacks, those that come later see them.
+
+    An interrupted training (Ctrl-C) leaves the hooks on the model, for one that goes on;
+    `callback.close()` takes them off.
 
     Args:
         allocator: an `OnlineAllocator`, as `allocator_for` makes it; or a function that makes it of
-            the model when the training begins.
+            the model when the training begins, for a Trainer that trains more than once.
         adapter: the adapter's name.
         mode: "resize" or "mask" (see `resize`); by default "mask" where several processes train one
             model, which is the only mode there, else "resize". An allocator for masks is made by
@@ -80,7 +86,8 @@ class RankCallback(TrainerCallback):
             model's; or as `RankController`.
 
     Warns:
-        UserWarning: a checkpoint's folder is not where it is expected, so its ranks are not kept.
+        UserWarning: a checkpoint's folder is not where it is expected, so its ranks are not kept;
+            a training begins with an allocator that has made steps already; or as `RankController`.
     """
 
     def __init__(
@@ -95,6 +102,11 @@ class RankCallback(TrainerCallback):
     ) -> None:
         if mode not in ("resize", "mask", None):
             raise ValueError(f"mode: expected 'resize', 'mask' or None, got {mode!r}")
+        if not isinstance(allocator, OnlineAllocator) and not callable(allocator):
+            raise ValueError(
+                "allocator: expected an OnlineAllocator or a function that makes it of the model, "
+                f"got {allocator!r}"
+            )
         self._allocator = allocator
         self._adapter = adapter
         self._mode: Mode | None = mode
@@ -148,6 +160,19 @@ class RankCallback(TrainerCallback):
         allocator = self._allocator
         if not isinstance(allocator, OnlineAllocator):
             allocator = allocator(model)
+            if not isinstance(allocator, OnlineAllocator):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ValueError(
+                    "allocator: expected a function that makes an OnlineAllocator, got one that "
+                    f"makes {allocator!r}"
+                )
+        if resumed is None and allocator.steps:
+            warnings.warn(
+                f"allocator: expected one at step 0, where this training begins, got one that has "
+                f"made {allocator.steps} steps: its timetable and its budget go on from there; for "
+                "new ones give RankCallback a function that makes the allocator",
+                stacklevel=2,
+            )
+        self._news = {}
         scaler = getattr(kwargs["optimizer"], "scaler", None)  # accelerate's, with fp16=True
         options = self._options if scaler is None else {"loss_scale": scaler} | self._options
         self._controller = RankController(
@@ -213,14 +238,19 @@ class RankCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it is, without the controller."""
-        self.controller.close()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self.close()
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best and self._mode_for(args) == "mask":
             # The Trainer has loaded its weights, among which masks are not.
             mask_as(kwargs["model"], read_ranks(Path(best))["controller"], self._adapter)
+
+    def close(self) -> None:
+        """Take the hooks off the model, as at the end of a training; the history stays."""
+        if self._controller is not None:
+            self._controller.close()
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _mode_for(self, args: TrainingArguments) -> Mode:
         several = args.world_size > 1
@@ -244,10 +274,7 @@ class RankCallback(TrainerCallback):
         if self._mode_for(args) == "mask":  # its tensors keep their shapes
             return
 
-        def fit(module: Any, tensors: MutableMapping[str, torch.Tensor], *_: object) -> None:
-            fit_to(module, tensors, self._adapter, self._optimizer)
-
-        # A function, not a method: a copy of the model does not copy the callback.
+        fit = _Fit(self._adapter, self._optimizer)
         self._hook = peeled(model)[0]._register_load_state_dict_pre_hook(fit, with_module=True)
 
     def _resumed(self, args: TrainingArguments, state: TrainerState, model: Any) -> dict[str, Any]:
@@ -276,6 +303,23 @@ class RankCallback(TrainerCallback):
             "is somewhere else, call restore_ranks(model, checkpoint) before the Trainer is made; "
             "if it was interrupted while it was written, go on from an earlier one"
         )
+
+
+class _Fit:
+    """The hook that gives a model the ranks of what is loaded into it.
+
+    A model that is copied or pickled takes it along, without the optimizer, which trains the
+    original.
+    """
+
+    def __init__(self, adapter: str, optimizer: Any = None) -> None:
+        self._adapter, self._optimizer = adapter, optimizer
+
+    def __call__(self, module: Any, tensors: MutableMapping[str, torch.Tensor], *_: object) -> None:
+        fit_to(module, tensors, self._adapter, self._optimizer)
+
+    def __reduce__(self) -> tuple[type[_Fit], tuple[str]]:
+        return type(self), (self._adapter,)
 
 
 def _inner(optimizer: Any) -> Any:

@@ -71,6 +71,48 @@ def test_one_arm_a_run(tiny, tmp_path):
         assert (tmp_path / f"{arm}.json").exists()
 
 
+def test_several_seeds_in_one_file(tiny, tmp_path, capsys):
+    options = "--steps 2 --period 1 --batch 8 --length 24 --seed 3 5 --start".split()
+    file = tmp_path / "all.json"
+    (tmp_path / "seed-5").mkdir()
+    (tmp_path / "seed-5" / "results.json").write_text("of an earlier run")
+    folders = ["--model", str(tiny), "--out", str(tmp_path), "--output", str(file)]
+    results = four_arms.main([*options, *folders])
+    content = json.loads(file.read_text())
+    settings, rows = content["settings"], content["rows"]
+    assert (settings["seed"], settings["steps"], settings["model"]) == ([3, 5], 2, tiny.name)
+    assert settings["held_out_paragraphs"] == len(four_arms.documentation().held_out)
+    assert str(tmp_path) not in file.read_text()
+    assert [(row["arm"], row["seed"]) for row in rows] == [("start", 3), ("start", 5)]
+    for row, result in zip(rows, results, strict=True):
+        last = result["held_out"][-1]
+        assert (row["held_out_loss"], row["accuracy"]) == (last["loss"], last["accuracy"])
+        assert (row["ranks"], row["parameters"]) == (result["ranks"], result["parameters"])
+        own = json.loads((tmp_path / f"seed-{row['seed']}" / "results.json").read_text())
+        assert own["arms"] == [result]
+    losses = [row["held_out_loss"] for row in rows]
+    assert losses[0] != losses[1]
+    mean = f"{sum(losses) / 2:.4f}"
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        "start", *(f"{loss:.4f}" for loss in losses), mean,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "what"),
+    [
+        ("--batch", "100000", "batch: expected at most"),  # no batch would ever be full
+        ("--every", "0", "every: expected 1 or more, got 0"),
+        ("--output", "no/such/folder/all.json", "output: expected a file in a folder"),
+    ],
+)
+def test_what_could_not_work_is_said_before_the_training(tmp_path, capsys, option, value, what):
+    with pytest.raises(SystemExit):
+        four_arms.main([option, value, "--out", str(tmp_path)])
+    assert what in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_more_parameters_than_the_budget_are_noticed(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(four_arms, "allocate", lambda curves, *_, **__: dict.fromkeys(curves, 3))
     options = ["--start", "--length", "24", "--model", str(tiny), "--out", str(tmp_path)]

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +315,72 @@ def test_a_training_that_is_interrupted_goes_on_in_the_same_program(whole, tmp_p
     assert not model._load_state_dict_pre_hooks
 
 
+def test_a_model_left_by_an_interrupted_training_can_be_copied_stored_and_freed(tmp_path):
+    model = llama()
+    ranks = callback_for(model)
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(model, arguments(tmp_path), ranks, Interrupt()).train()
+    (hook,) = model._load_state_dict_pre_hooks.values()
+    copied = pickle.loads(pickle.dumps(hook.hook))  # by torch.save(model) and copy.deepcopy(model)
+    assert copied._optimizer is None
+    assert hook.hook._optimizer is ranks.controller.optimizer
+    history = ranks.history.to_json()
+    ranks.close()
+    assert not model._load_state_dict_pre_hooks
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert ranks.history.to_json() == history
+    ranks.close()
+    callback_for(model).close()  # of which no training has begun
+
+
+def test_an_allocator_that_has_made_steps_already(tmp_path):
+    model = llama()
+    ranks = callback_for(model)
+    args = arguments(tmp_path, save_strategy="no", logging_steps=5)
+    trainer = trainer_of(model, args, ranks)
+    trainer.train()
+    assert ranks.history.events[-1]["event"] == "moved"  # at 12, after the last entry of the log
+    with pytest.warns(UserWarning, match=r"expected one at step 0, .* has made 12 steps: .*func"):
+        trainer.train()
+    assert ranks.history.steps.tolist() == [12, 15, 18, 21, 24]
+    first = next(e for e in trainer.state.log_history if "loss" in e)
+    assert first.get("ranks_moved", 0) == abs(ranks.history.ranks[1] - ranks.history.ranks[0]).sum()
+
+
+def test_a_model_that_the_trainer_makes_goes_on_with_restored_ranks(tmp_path):
+    checkpoint = str(tmp_path / "checkpoint-5")
+
+    def restored():
+        model = llama()
+        restore_ranks(model, checkpoint)
+        return model
+
+    found = []
+    for made, at in ((lambda: llama(), None), (restored, checkpoint)):
+        ranks = RankCallback(lambda m: allocator_for(m, uniform_rank(2), period=3), ahead=3)
+        trainer = transformers.Trainer(
+            args=arguments(tmp_path),
+            model_init=made,
+            train_dataset=sentences(),
+            callbacks=[ranks],
+        )
+        trainer.train(resume_from_checkpoint=at)
+        found.append((losses(trainer), ranks.history.to_json()))
+    assert found[0] == found[1]
+
+
+def test_a_function_that_makes_something_else(tmp_path):
+    other: Any = lambda model: None  # noqa: E731
+    with pytest.raises(ValueError, match="makes an OnlineAllocator, got one that makes None"):
+        trainer_of(llama(), arguments(tmp_path), RankCallback(other)).train()
+
+
 def test_checkpoints_that_do_not_fit(whole, tmp_path):
     checkpoint = whole[0] / "checkpoint-5"
     with pytest.raises(ValueError, match=r"'model.layers.0.*': expected the scale of .*, 4, got 8"):
@@ -359,6 +426,9 @@ def test_arguments_that_are_refused():
     mode: Any = "other"
     with pytest.raises(ValueError, match="mode: expected 'resize', 'mask' or None, got 'other'"):
         RankCallback(allocator_for(model, uniform_rank(2)), mode=mode)
+    nothing: Any = uniform_rank(2)
+    with pytest.raises(ValueError, match=r"allocator: expected an OnlineAllocator .* got Uniform"):
+        RankCallback(nothing)
     with pytest.raises(ValueError, match="expected a training that has begun"):
         _ = callback_for(model).history
     for options, what in (
