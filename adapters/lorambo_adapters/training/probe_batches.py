@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Literal
@@ -128,14 +127,12 @@ class ProbeBatches:
     def undisturbed(self) -> Generator[None]:
         """Inside, the model's calls are made as the training made its last one, and not kept.
 
-        They run without torch.compile: nothing is compiled for hooks and sizes of a probe. The
-        random generators are left as they were.
+        The random generators are left as they were.
         """
         precision = self._captured.precision
         with contextlib.ExitStack() as stack:
             stack.enter_context(same_generators(self._model))
             stack.enter_context(self._captured.paused())
-            stack.enter_context(_uncompiled())
             if precision is not None:
                 stack.enter_context(precision.during_calls(self._model))
             yield
@@ -187,13 +184,6 @@ class CycledBatches:
                 "a new controller to go back"
             )
         self.take(position - self.position)
-
-
-def _uncompiled() -> contextlib.AbstractContextManager[object]:
-    """Inside, nothing runs compiled, also what was compiled in its place (torch from 2.6 on)."""
-    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager
