@@ -1,10 +1,7 @@
 """A probe in two processes gives what it gives in one, or the same error in both."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,40 +14,16 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 
 from lorambo_adapters.spectra.fisher import TrueFisher  # noqa: E402
 from lorambo_adapters.training.probe import RankProbe  # noqa: E402
+from tests.adapters.two_processes import run_two  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("rank_probe_worker.py")
-
-
-def run(folder, *modes):
-    """Exit statuses and errors; nobody ends one process because the other has ended."""
-    for mode in modes:
-        (folder / mode).mkdir()
-    path = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
-    shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), *modes],
-            env={**os.environ, **shared, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [process.returncode for process in processes], errors
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workers")
     modes = ("same", "ddp", "fsdp", "true", "fault", "memory", "few")
-    codes, errors = run(folder, *modes)
+    codes, errors = run_two(WORKER, folder, *modes)
     assert codes == [0, 0], errors[0][-3000:] + errors[1][-3000:]
     return {
         mode: [json.loads((folder / mode / f"{i}.json").read_text()) for i in range(2)]
@@ -115,6 +88,6 @@ def test_if_one_worker_fails_all_are_told(results, mode, kind, cause):
 
 
 def test_a_worker_that_ends_is_told_as_lost(tmp_path):
-    codes, errors = run(tmp_path, "lost")
+    codes, errors = run_two(WORKER, tmp_path, "lost")
     assert codes == [0, 3], errors[0][-3000:]
     assert json.loads((tmp_path / "lost" / "0.json").read_text())["error"] == "WorkerLost"

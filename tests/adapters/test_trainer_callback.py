@@ -326,10 +326,11 @@ def test_a_model_left_by_an_interrupted_training_can_be_copied_stored_and_freed(
 
     with pytest.raises(KeyboardInterrupt):
         trainer_of(model, arguments(tmp_path), ranks, Interrupt()).train()
-    (hook,) = model._load_state_dict_pre_hooks.values()
-    copied = pickle.loads(pickle.dumps(hook.hook))  # by torch.save(model) and copy.deepcopy(model)
+    hooks: Any = model._load_state_dict_pre_hooks.values()
+    (hook,) = (wrapped.hook for wrapped in hooks)
+    copied = pickle.loads(pickle.dumps(hook))  # by torch.save(model) and copy.deepcopy(model)
     assert copied._optimizer is None
-    assert hook.hook._optimizer is ranks.controller.optimizer
+    assert hook._optimizer is ranks.controller.optimizer
     history = ranks.history.to_json()
     ranks.close()
     assert not model._load_state_dict_pre_hooks

@@ -1,42 +1,15 @@
 """Two processes whose ranks move together; and what becomes of one if the other does not."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 pytest.importorskip("peft", reason="peft is absent: pip install 'lorambo-alloc[peft]'")
+from tests.adapters.two_processes import run_two  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("trainer_worker.py")
-
-
-def run(folder, *modes):
-    """Both processes' exit statuses; nobody ends one because the other has ended."""
-    for mode in modes:
-        (folder / mode).mkdir()
-    path = os.pathsep.join([str(ROOT), str(ROOT / "adapters")])
-    shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), *modes],
-            env={**os.environ, **shared, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-    return [process.returncode for process in started], errors
 
 
 def result(folder, worker):
@@ -47,7 +20,7 @@ def result(folder, worker):
 def results(tmp_path_factory):
     """What both workers found, by mode, where neither ends before its time."""
     folder, modes = tmp_path_factory.mktemp("workers"), ("ddp", "fsdp", "probe", "batches")
-    codes, errors = run(folder, *modes)
+    codes, errors = run_two(WORKER, folder, *modes)
     assert codes == [0, 0], errors[0][-3000:] + errors[1][-3000:]
     return {mode: [result(folder / mode, worker) for worker in range(2)] for mode in modes}
 
@@ -82,7 +55,7 @@ def test_a_probe_that_fails_in_one_worker_fails_in_both(results, mode):
 
 
 def test_a_move_that_breaks_off_in_one_worker_ends_both(tmp_path):
-    codes, _ = run(tmp_path, "move")
+    codes, _ = run_two(WORKER, tmp_path, "move")
     assert codes == [3, 3]
     one, other = (result(tmp_path / "move", worker) for worker in range(2))
     assert one["error"][0] == "WorkerLost"
@@ -91,7 +64,7 @@ def test_a_move_that_breaks_off_in_one_worker_ends_both(tmp_path):
 
 
 def test_a_worker_killed_in_the_middle_of_a_move_ends_the_other_with_a_clear_error(tmp_path):
-    codes, _ = run(tmp_path, "kill")
+    codes, _ = run_two(WORKER, tmp_path, "kill")
     assert codes == [3, -9]
     survivor = result(tmp_path / "kill", 0)
     kind, text = survivor["error"]

@@ -75,7 +75,10 @@ class DerivativeSums:
         """
         terms, samples = self._counts.tolist()
         if samples < 2:
-            raise ValueError(f"batches: expected at least 2 samples to measure on, got {samples:g}")
+            raise ValueError(
+                f"batches: expected at least 2 samples to measure on, got {samples:g}; take more "
+                "batches (batches_per_probe), or larger ones"
+            )
         b, data, fisher = (sums[name].cpu().numpy() for sums in (self._b, self._data, self._fisher))
         spread = data - np.outer(b, b) / samples
         V = spread * samples / (samples - 1) / terms**2
