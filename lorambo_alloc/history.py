@@ -260,7 +260,9 @@ class RankHistory:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def __repr__(self) -> str:
-        title = f"RankHistory: {len(self)} entries of {len(self.names)} layers"
+        entries = "1 entry" if len(self) == 1 else f"{len(self)} entries"
+        layers = "1 layer" if len(self.names) == 1 else f"{len(self.names)} layers"
+        title = f"RankHistory: {entries} of {layers}"
         if not len(self):
             return title
         moved = ["-", *(str(int(n)) for n in np.abs(np.diff(self.ranks, axis=0)).sum(axis=1))]

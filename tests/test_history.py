@@ -222,7 +222,7 @@ class TestTable:
         for step in range(30):
             history.record(step, {"q": step // 3}, budget=10_000, event="kept")
         lines = repr(history).splitlines()
-        assert lines[0] == "RankHistory: 30 entries of 1 layers"
+        assert lines[0] == "RankHistory: 30 entries of 1 layer"
         assert lines[2].split() == ["0", "kept", "-", "0", "10,000", "-"]
         assert lines[8].split() == ["..."] * 6
         assert lines[-1].split() == ["29", "kept", "0", "9,000", "10,000", "-"]

@@ -105,9 +105,9 @@ class RankController:
         probe: instead of one that is made with `probe_options`; it runs on the model without its
             wrappers, and with the same `workers`.
         batches_per_probe: at least 2: on the first half new directions are found, and on the others
-            measured. A probe of two whole batches takes about 3 steps on them, of halves 1.5.
-            (MiniLM, 36 layers, 2,064 tokens a step: at a period of 100 steps 3.0 % of the time with
-            whole batches, and 1.5 % with halves.) Batches of one sample take at least 4.
+            measured. A probe of two whole batches takes about 3 steps on them, of halves 1.6.
+            (MiniLM, 36 layers, 2,064 tokens a step: at a period of 100 steps 3.1 % of the time with
+            whole batches, and 1.6 % with halves.) Batches of one sample take at least 4.
         samples_per_batch: on how many samples of each batch to measure, its first ones. "half":
             half of them (rounded up, at least 2), for losses that are means over samples; batches
             from `batches`, and those that are not mappings of tensors with one row a sample, are

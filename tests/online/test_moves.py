@@ -413,3 +413,24 @@ def test_a_limit_on_moves_delays_the_optimum_but_does_not_prevent_it():
             assert solved(proposal).certificate.upper_bound >= best
             online.accept(proposal)
         assert value > share * best
+
+
+@pytest.mark.parametrize("states", [1, 4])
+def test_where_the_search_for_few_moves_is_given_up_what_may_be_lost_is_stated(monkeypatch, states):
+    monkeypatch.setattr("lorambo_alloc.online.limited_search._STATES", states)
+    stated = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        costs = {name: int(rng.integers(1, 6)) for name in "abcd"}
+        rows = {name: rng.choice([0.0, 0.5, 1.0, 2.0, 3.5], 3).tolist() for name in costs}
+        now = {name: int(rng.integers(0, 3)) for name in costs}
+        budget = sum(costs[name] * rank for name, rank in now.items()) + 1
+        online = OnlineAllocator(costs, budget, ranks=now, max_moves=3)
+        online.observe(curves_of(rows))
+        proposal = online.propose()
+        moves = every_move(rows, costs, now, dict.fromkeys(costs, 0), budget)
+        few = [(value, ranks) for value, ranks, moved in moves if moved <= 3]
+        mine = next(value for value, ranks in few if ranks == proposal.ranks)
+        assert max(value for value, _ in few) - mine <= Fraction(proposal.lost)
+        stated += proposal.lost > 0
+    assert stated > 3
