@@ -78,9 +78,10 @@ class RankController:
     - `step(batch)`: the last ones given;
     - `batches=`: any iterable, from which each probe takes the next ones, over and over.
 
-    Resuming: `state_dict()` goes beside the model's weights and the optimizer's state. The model
-    has to have the checkpoint's ranks before they are loaded (`training.checkpoint.restore_ranks`,
-    from PEFT's own files); then
+    Resuming: `state_dict()` goes beside the model's weights, the optimizer's state and, where there
+    is dropout, that of the random generators (`torch.get_rng_state`). The model has to have the
+    checkpoint's ranks before they are loaded (`training.checkpoint.restore_ranks`, from PEFT's own
+    files); then
 
         RankController(model, optimizer, allocator_for(model, ...), state=state)
 

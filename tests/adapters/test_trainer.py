@@ -36,12 +36,7 @@ from tests.adapters.trained_models import (  # noqa: E402
 UNIFORM = 4 * sum(COSTS.values())
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # sums to the bit
 
 
 def loader(kind):
