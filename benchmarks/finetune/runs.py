@@ -1,0 +1,200 @@
+"""The runs: one small file each, written when it is finished, so that any stop loses at most one.
+
+Several processes may work on the same runs: each run is claimed by a file that names its process,
+and claims of processes that are gone are taken over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS, machine
+from lorambo_alloc.storage import replacing
+
+FOLDER = RESULTS / "finetune" / "runs"
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One training, and what tells it from the others.
+
+    Attributes:
+        task: its name.
+        arm: by which ranks are chosen.
+        rank: the uniform rank whose cost is the budget.
+        rate: learning rate.
+        seed: of everything random.
+        split: what it is scored on.
+    """
+
+    task: str
+    arm: str
+    rank: int
+    rate: float
+    seed: int
+    split: str
+
+    @property
+    def path(self) -> str:
+        """Relative to the folder of the results."""
+        arm = self.arm.replace(":", "-")
+        return f"{self.task}/{self.split}/{arm}-b{self.rank}-lr{self.rate:g}-s{self.seed}.json"
+
+
+def grid(
+    task: str,
+    arms: Sequence[str],
+    ranks: Sequence[int],
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    split: str,
+) -> list[Run]:
+    """All combinations; seeds outermost, so that what is finished first can be compared."""
+    return [
+        Run(task, arm, rank, rate, seed, split)
+        for seed in seeds
+        for rank in ranks
+        for rate in rates
+        for arm in arms
+    ]
+
+
+def at_chosen_rates(
+    task: str,
+    arms: Sequence[str],
+    ranks: Sequence[int],
+    seeds: Sequence[int],
+    chosen: Mapping[tuple[str, str, int], float],
+) -> list[Run]:
+    """The test runs: each arm at the rate that dev chose for it and the budget.
+
+    A control trains at the rate of the arm that it is a control of, unless it has one of its own.
+
+    Raises:
+        ValueError: an arm has not been run on dev at this budget.
+    """
+    found: list[Run] = []
+    for seed in seeds:
+        for rank in ranks:
+            for arm in arms:
+                of = arm.partition(":")[2] or arm
+                rate = chosen.get((task, arm, rank)) or chosen.get((task, of, rank))
+                if rate is None:
+                    raise ValueError(
+                        f"arm {arm!r}: expected dev runs of {task} at the budget of rank {rank}, "
+                        "which choose its rate; got none"
+                    )
+                found.append(Run(task, arm, rank, rate, seed, "test"))
+    return found
+
+
+def finished(folder: Path = FOLDER) -> dict[Run, dict[str, Any]]:
+    """All runs that have been written."""
+    found: dict[Run, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*/*/*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found[Run(**content["run"])] = content
+    return found
+
+
+def execute(runs: Iterable[Run], folder: Path = FOLDER, *, until: float | None = None) -> int:
+    """Train what is not there yet, in this order.
+
+    Args:
+        runs: their order is kept, but those that another process works on are passed over.
+        folder: of the results.
+        until: as of `time.time()`: no run is begun after it.
+
+    Returns:
+        How many were trained here.
+    """
+    done = 0
+    for run in runs:
+        if until is not None and time.time() > until:
+            break
+        with_claim = _claimed(folder / run.path)
+        for path in with_claim:
+            result = {"run": asdict(run), **_train(run, folder), "machine": machine(1)}
+            with replacing(path) as file:
+                file.write(json.dumps(result).encode() + b"\n")
+            done += 1
+            seconds = result["seconds"]
+            print(
+                f"{run.path}: loss {result['loss']:.4f}, accuracy {result['accuracy']}, {seconds}",
+                flush=True,
+            )
+    return done
+
+
+def _train(run: Run, folder: Path) -> dict[str, Any]:
+    from benchmarks.finetune.local_tasks import local_task
+    from benchmarks.finetune.protocol import protocol
+    from benchmarks.finetune.starts import kept_start
+    from benchmarks.finetune.training import train
+
+    task, agreed = _task(run.task, local_task), protocol(run.task)
+    start = kept_start(run, task, agreed.settings, folder.parent / "starts")
+    result = train(
+        task,
+        run.arm,
+        start,
+        rank=run.rank,
+        rate=run.rate,
+        seed=run.seed,
+        settings=agreed.settings,
+        split=run.split,
+    )
+    del result["settings"]
+    return {"protocol": agreed.stamp, **result}
+
+
+_TASKS: dict[str, Any] = {}
+
+
+def _task(name: str, make: Any) -> Any:
+    if name not in _TASKS:
+        _TASKS[name] = make(name)
+    return _TASKS[name]
+
+
+def _claimed(path: Path) -> Iterator[Path]:
+    """The path, once, if nobody has it or works on it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    claim = path.with_suffix(".claim")
+    if path.exists():
+        return
+    try:
+        handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        try:
+            owner = int(claim.read_text() or "0")
+        except (FileNotFoundError, ValueError):
+            return
+        if owner == 0 or _alive(owner):
+            return
+        claim.unlink(missing_ok=True)
+        yield from _claimed(path)
+        return
+    with os.fdopen(handle, "w") as file:
+        file.write(str(os.getpid()))
+    try:
+        if not path.exists():
+            yield path
+    finally:
+        claim.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

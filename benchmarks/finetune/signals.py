@@ -1,0 +1,171 @@
+"""What each arm looks at before the training, as a curve of values by rank for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks.finetune.task import Batch, Task
+from lorambo_adapters.layers import TargetLayer
+from lorambo_adapters.ranks.formats import to_peft
+from lorambo_adapters.spectra.activations import activation_spectra
+from lorambo_adapters.spectra.gradients import gradient_spectra
+from lorambo_adapters.spectra.loss_units import curvature_spectra
+from lorambo_adapters.spectra.probe import probe_spectra
+from lorambo_adapters.training.probe import RankProbe
+from lorambo_alloc import Problem, Spectra
+from lorambo_alloc.baselines import eva, gora, mlp_only
+
+Curves = dict[str, npt.NDArray[np.float64]]
+
+DAMPING = 0.1  # of the Kronecker factors, relative to their mean eigenvalue
+_MOST = 64  # ranks that a layer may have
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What a signal is measured on; the training has a model of its own.
+
+    Attributes:
+        task: what is trained.
+        model: the base, as the training will start from it; perhaps with a head warmed up.
+        layers: those that are adapted.
+        batches: of the training, its first ones.
+        rank: the uniform rank whose cost is the budget.
+        rate: a learning rate, for signals that train.
+        seed: of the run.
+    """
+
+    task: Task
+    model: torch.nn.Module
+    layers: Sequence[TargetLayer]
+    batches: Sequence[Batch]
+    rank: int
+    rate: float
+    seed: int
+
+    @property
+    def costs(self) -> dict[str, int]:
+        """Parameters of a rank, by layer."""
+        return {layer.name: sum(layer.shape) for layer in self.layers}
+
+    @property
+    def budget(self) -> int:
+        """Parameters."""
+        return self.rank * sum(self.costs.values())
+
+
+def gradient(measuring: Measuring) -> Curves:
+    """Energy of the mean gradient: sigma^2 a rank."""
+    return _sums(_gradient(measuring), 2)
+
+
+def gradient_nuclear(measuring: Measuring) -> Curves:
+    """Singular values of the mean gradient: sigma a rank."""
+    return _sums(_gradient(measuring), 1)
+
+
+def kfac(measuring: Measuring) -> Curves:
+    """Energy of the gradient whitened by Kronecker factors (empirical Fisher)."""
+    found = curvature_spectra(
+        measuring.model,
+        list(measuring.batches),
+        damping=DAMPING,
+        targets=list(measuring.layers),
+        rank=_MOST // 2,
+        seed=measuring.seed,
+    )
+    return _sums(found, 2)
+
+
+def directions(measuring: Measuring) -> Curves:
+    """What the best new directions save in the quadratic model, curvature measured along them."""
+    import peft
+
+    ranks = {layer.name: measuring.rank for layer in measuring.layers}
+    config = peft.LoraConfig(**to_peft(ranks, modules=measuring.model))
+    model: Any = peft.get_peft_model(measuring.model, config)  # pyright: ignore[reportArgumentType]
+    ahead = max(16, 4 * measuring.rank)
+    found = RankProbe(model, ahead=ahead, seed=measuring.seed).measure(list(measuring.batches))
+    # The first ranks of a curve are the present ones, which are worth nothing yet.
+    return {n: c[measuring.rank :] - c[measuring.rank] for n, c in found.curves.items()}
+
+
+def short_run(measuring: Measuring) -> Curves:
+    """Energy of what 50 steps at rank 8 learn, weighted by curvature."""
+    task = measuring.task
+
+    def loss(model: Any, batch: Batch) -> torch.Tensor:
+        return model(**batch).loss
+
+    found = probe_spectra(
+        measuring.model,
+        loss,
+        list(measuring.batches),
+        rank=8,
+        steps=50,
+        learning_rate=measuring.rate,
+        targets=task.targets,
+        seed=measuring.seed,
+    )
+    return _sums(found, 2)
+
+
+def eva_ranks(measuring: Measuring) -> dict[str, int]:
+    """EVA's: explained variance of each layer's inputs, the best L r of all layers."""
+    found = activation_spectra(
+        measuring.model, list(measuring.batches), targets=list(measuring.layers)
+    )
+    return dict(eva(Problem(found, measuring.budget, costs=measuring.costs), fill=True))
+
+
+def gora_ranks(measuring: Measuring) -> dict[str, int]:
+    """GoRA's: a share of the budget in proportion to mean |W * G|, divided by the cost."""
+    weights = {layer.name: layer.module.weight for layer in measuring.layers}
+    for parameter in measuring.model.parameters():
+        parameter.requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for batch in measuring.batches:
+        measuring.model(**batch).loss.backward()
+    importance = {
+        name: float((weight * weight.grad).abs().mean().detach() / len(measuring.batches))
+        for name, weight in weights.items()
+    }
+    for weight in weights.values():
+        weight.grad = None
+    return dict(gora(_flat(measuring), importance=importance, fill=True))
+
+
+def mlp_ranks(measuring: Measuring) -> dict[str, int]:
+    """One rank in every layer of the MLPs, and none elsewhere."""
+    return dict(mlp_only(_flat(measuring), fill=True))
+
+
+def _gradient(measuring: Measuring) -> Spectra:
+    return gradient_spectra(
+        measuring.model,
+        list(measuring.batches),
+        targets=list(measuring.layers),
+        rank=_MOST // 2,
+        seed=measuring.seed,
+    )
+
+
+def _sums(spectra: Spectra, power: int) -> Curves:
+    """Values of rank 0, 1, ... of each layer."""
+    return {
+        name: np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64) ** power)])
+        for name, values in spectra.items()
+    }
+
+
+def _flat(measuring: Measuring) -> Problem:
+    """A problem with gains that tell nothing, for rules that do not look at them."""
+    gains: Mapping[str, Any] = {layer.name: np.ones(_MOST) for layer in measuring.layers}
+    return Problem(gains, measuring.budget, costs=measuring.costs)

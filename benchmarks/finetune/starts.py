@@ -1,0 +1,61 @@
+"""The ranks that arms start with, kept: runs that differ in the learning rate alone share them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks.finetune.arms import Start, arm_of, starting_ranks
+from benchmarks.finetune.task import Task
+from lorambo_alloc.storage import replacing
+
+if TYPE_CHECKING:
+    from benchmarks.finetune.runs import Run
+    from benchmarks.finetune.training import Settings
+
+_DIGITS = 6
+
+
+def kept_start(run: Run, task: Task, settings: Settings, folder: Path) -> Start:
+    """The ranks of a run's arm: read if they have been measured, else measured and written.
+
+    Signals that train (a short run, AdaLoRA) do so at the lowest rate of the task's grid, so that
+    their ranks do not depend on the run's rate.
+    """
+    from benchmarks.finetune.protocol import protocol
+
+    arm = arm_of(run.arm)
+    rate = min(protocol(run.task).rates)
+    options = {
+        "rank": run.rank,
+        "seed": run.seed,
+        "rate": rate,
+        "batches": settings.measured,
+        "size": settings.batch,
+    }
+    if arm.curves is None and arm.ranks is None:
+        return starting_ranks(run.arm, task, **options)
+    name = f"{run.arm.replace(':', '-')}-b{run.rank}-s{run.seed}.json"
+    path = folder / run.task / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = starting_ranks(run.arm, task, **options)
+        curves = None
+        if found.curves is not None and arm.online:
+            curves = {
+                layer: [float(f"{value:.{_DIGITS}g}") for value in curve[:33]]
+                for layer, curve in found.curves.items()
+            }
+        content = {"ranks": found.ranks, "seconds": round(found.seconds, 2), "curves": curves}
+        with replacing(path) as file:
+            file.write(json.dumps(content).encode() + b"\n")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    curves = content["curves"]
+    return Start(
+        content["ranks"],
+        None if curves is None else {layer: np.array(curve) for layer, curve in curves.items()},
+        content["seconds"],
+    )
