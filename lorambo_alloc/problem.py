@@ -92,7 +92,7 @@ class Problem:
         upper: the greatest allowed rank, int64 by layer.
         groups: the tied groups, as tuples of layer indices.
         limits: the allowed ranks of every layer.
-        caps: the side budgets, as `Row`s.
+        caps: the side budgets, each a `Row`.
         rows: all budgets: the problem's own, then the caps.
     """
 

@@ -31,7 +31,9 @@ class SymmetricFactor:
             as language models have, put all others below n x rounding: they must not count as 0.)
 
     Attributes:
-        values, vectors, rounding: as given, the values in float64 and not negative.
+        values: as given, in float64 and not negative.
+        vectors: as given.
+        rounding: as given.
         damping: what is added to each eigenvalue, absolute.
     """
 
