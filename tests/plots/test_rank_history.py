@@ -1,7 +1,6 @@
-"""Pictures: what is drawn where, read back from the figure."""
+"""Ranks over the steps: what is drawn where, read back from the figure."""
 
 import builtins
-import math
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from lorambo_alloc.history import RankHistory
-from lorambo_alloc.plots import rank_history, regret_by_round
+from lorambo_alloc.plots import rank_history
+from tests.plots.drawn import axes_of, labels
 
 MODULES = ("attention.self.query", "output.dense")
 NAMES = [f"encoder.layer.{block}.{module}" for block in (0, 10, 2) for module in MODULES]
@@ -27,14 +27,6 @@ def run(names=NAMES, most=4, steps=(0, 100, 200)) -> RankHistory:
         ranks[names[0]] = most
         history.record(step, ranks, budget=10 * most * len(names))
     return history
-
-
-def labels(axis) -> list[str]:
-    return [text.get_text() for text in axis.get_yticklabels()]
-
-
-def axes_of(figure: Figure) -> list[Any]:
-    return [*figure.axes]
 
 
 def drawn(ax) -> np.ma.MaskedArray:
@@ -198,38 +190,3 @@ class TestRankHistory:
         monkeypatch.setattr(builtins, "__import__", absent)
         with pytest.raises(ImportError, match=r"pip install 'lorambo-alloc\[plot\]'"):
             rank_history(run())
-
-
-class TestRegret:
-    def test_mean_and_interval(self):
-        table = np.array([[1.0, 3.0, 5.0], [3.0, 5.0, 7.0]])
-        figure = regret_by_round({"exact": table, "alone": np.array([1.0, 1.0])}, log=False)
-        (ax,) = axes_of(figure)
-        both, one = ax.lines[:2]
-        np.testing.assert_array_equal(both.get_xdata(), [1, 2, 3])
-        np.testing.assert_array_equal(both.get_ydata(), [2.0, 4.0, 6.0])
-        np.testing.assert_array_equal(one.get_ydata(), [1.0, 1.0])
-        (band,) = ax.collections
-        top = band.get_paths()[0].vertices[:, 1].max()
-        assert top == pytest.approx(6 + 1.96 * math.sqrt(2) / math.sqrt(2))
-        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["exact", "alone"]
-        assert (ax.get_xlabel(), ax.get_ylabel()) == ("round", "cumulative regret")
-
-    def test_logarithmic_axes_leave_out_what_is_not_positive(self):
-        figure = Figure()
-        ax: Any = figure.subplots()
-        assert regret_by_round({"a": np.array([-1.0, 0.0, 4.0])}, ax=ax) is figure
-        assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
-        np.testing.assert_array_equal(ax.lines[0].get_ydata(), [math.nan, math.nan, 4.0])
-        slopes = [
-            np.log(line.get_ydata()[1] / line.get_ydata()[0])
-            / np.log(line.get_xdata()[1] / line.get_xdata()[0])
-            for line in ax.lines[1:]
-        ]
-        assert slopes == pytest.approx([1.0, 0.5])
-
-    def test_what_cannot_be_drawn(self):
-        with pytest.raises(ValueError, match="expected at least one array"):
-            regret_by_round({})
-        with pytest.raises(ValueError, match=r"'a': expected runs x rounds, got shape \(1, 1, 2\)"):
-            regret_by_round({"a": np.zeros((1, 1, 2))})
