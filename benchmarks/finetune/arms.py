@@ -6,7 +6,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -118,8 +118,7 @@ def starting_ranks(
     first = list(islice(shuffled(task, size, seed), batches))
     measuring = Measuring(task, model, layers, first, rank, rate, seed)
     if arm.warm:
-        _warm_head(measuring, arm.warm, size)
-        measuring = replace(measuring)
+        warm_head(task, model, steps=arm.warm, size=size, seed=seed)
     curves = None
     if arm.curves is not None:
         curves = arm.curves(measuring)
@@ -156,18 +155,20 @@ def control(
     return permuted
 
 
-def _warm_head(measuring: Measuring, steps: int, size: int) -> None:
-    """Train nothing but the head, in place: a random one says little of the layers below it."""
-    model: Any = measuring.model
+def warm_head(task: Task, model: Any, *, steps: int, size: int, seed: int) -> None:
+    """Train nothing but the head, in place: a random one says little of the layers below it.
+
+    Nothing requires a gradient afterwards but the head.
+    """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    head = [p for part in measuring.task.head for p in model.get_submodule(part).parameters()]
+    head = [p for part in task.head for p in model.get_submodule(part).parameters()]
     if not head:
         return
     for parameter in head:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(head, lr=5e-3, weight_decay=0.0)
-    for batch in islice(shuffled(measuring.task, size, measuring.seed), steps):
+    for batch in islice(shuffled(task, size, seed), steps):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -70,6 +70,20 @@ def gradient_nuclear(measuring: Measuring) -> Curves:
     return _sums(_gradient(measuring), 1)
 
 
+def first_step(measuring: Measuring) -> Curves:
+    """What Adam's first step along a random row a of A saves, to first order: E |G a|_1.
+
+    B starts at zero and its entries all move by the learning rate, along sign(G a); a has the
+    variance 1 / (3 k) an entry. Each further rank saves as much, to first order: the curve is
+    straight, and tells layers apart but not ranks.
+    """
+    curves: Curves = {}
+    for name, gradient in _mean_gradients(measuring).items():
+        one = (2 / np.pi / 3 / gradient.shape[1]) ** 0.5 * float(gradient.norm(dim=1).sum())
+        curves[name] = one * np.arange(_MOST + 1)
+    return curves
+
+
 def kfac(measuring: Measuring) -> Curves:
     """Energy of the gradient whitened by Kronecker factors (empirical Fisher)."""
     found = curvature_spectra(
@@ -126,25 +140,36 @@ def eva_ranks(measuring: Measuring) -> dict[str, int]:
 
 def gora_ranks(measuring: Measuring) -> dict[str, int]:
     """GoRA's: a share of the budget in proportion to mean |W * G|, divided by the cost."""
-    weights = {layer.name: layer.module.weight for layer in measuring.layers}
-    for parameter in measuring.model.parameters():
-        parameter.requires_grad_(False)
-    for weight in weights.values():
-        weight.requires_grad_(True)
-    for batch in measuring.batches:
-        measuring.model(**batch).loss.backward()
+    gradients = _mean_gradients(measuring)
     importance = {
-        name: float((weight * weight.grad).abs().mean().detach() / len(measuring.batches))
-        for name, weight in weights.items()
+        layer.name: float((layer.module.weight.detach() * gradients[layer.name]).abs().mean())
+        for layer in measuring.layers
     }
-    for weight in weights.values():
-        weight.grad = None
     return dict(gora(_flat(measuring), importance=importance, fill=True))
 
 
 def mlp_ranks(measuring: Measuring) -> dict[str, int]:
     """One rank in every layer of the MLPs, and none elsewhere."""
     return dict(mlp_only(_flat(measuring), fill=True))
+
+
+def _mean_gradients(measuring: Measuring) -> dict[str, torch.Tensor]:
+    """Of the weights, in full: these models are small."""
+    for parameter in measuring.model.parameters():
+        parameter.requires_grad_(False)
+    weights = {layer.name: layer.module.weight for layer in measuring.layers}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    model: Any = measuring.model
+    for batch in measuring.batches:
+        model(**batch).loss.backward()
+    found: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        assert weight.grad is not None
+        found[name] = weight.grad / len(measuring.batches)
+        weight.grad = None
+        weight.requires_grad_(False)
+    return found
 
 
 def _gradient(measuring: Measuring) -> Spectra:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -85,7 +85,7 @@ def train(
     costs = {layer.name: sum(layer.shape) for layer in find_layers(base, task.targets)}
     budget = rank * sum(costs.values())
     if arm.trains == "adapters":
-        model = _adapted(base, task, start.ranks, seed, settings.scale, moving=arm.online)
+        model = adapted(base, task, start.ranks, seed, settings.scale, moving=arm.online)
     else:
         model = _whole(base, task, arm.trains)
     model.train()
@@ -122,7 +122,7 @@ def train(
         "parameters": sum(costs[layer] * ranks[layer] for layer in costs)
         if arm.trains == "adapters"
         else sum(p.numel() for p in trained),
-        "train_losses": [round(float(np.mean(part)), 4) for part in np.array_split(losses, 10)],
+        "train_losses": _tenths(losses),
     }
     if controller is not None:
         controller.close()
@@ -141,6 +141,12 @@ def train(
 def losses_of(result: Mapping[str, Any]) -> np.ndarray:
     """The losses by example that a result holds."""
     return np.frombuffer(base64.b64decode(result["losses"]), dtype="<f4").astype(np.float64)
+
+
+def _tenths(losses: Sequence[float]) -> list[float]:
+    """Their means over tenths of the training."""
+    parts = np.array_split(np.array(losses), min(10, len(losses)))
+    return [round(float(part.mean()), 4) for part in parts]
 
 
 def _evaluated(task: Task, model: Any, split: str, settings: Settings) -> dict[str, Any]:
@@ -171,8 +177,14 @@ class _Cut:
         self.batch, self.scores = task.batch, task.scores
 
 
-def _adapted(
-    base: Any, task: Task, ranks: Mapping[str, int], seed: int, scale: float, *, moving: bool
+def adapted(
+    base: Any,
+    task: Task,
+    ranks: Mapping[str, int],
+    seed: int,
+    scale: float,
+    *,
+    moving: bool = False,
 ) -> Any:
     """A PEFT model whose layers of any rank start from the same rows of A; B is zero.
 
@@ -192,7 +204,7 @@ def _adapted(
         if found:
             drawn = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(layer.encode()))
             width = parameter.shape[1]
-            rows = torch.rand(512, width, generator=drawn)[: len(parameter)]
+            rows = torch.rand(max(512, len(parameter)), width, generator=drawn)[: len(parameter)]
             with torch.no_grad():
                 parameter.copy_((2 * rows - 1) / width**0.5)  # PEFT's distribution
     if wrapped != ranks:

@@ -1,0 +1,180 @@
+"""Does a signal foretell what a layer's rank is worth? Each layer trained alone, and compared.
+
+    python -m benchmarks.finetune predicted minilm
+
+For each layer a LoRA of one rank is trained in that layer alone, from the same start and on the
+same batches, and the held-out loss that it saves is set beside what each signal predicts for the
+layer's first ranks. Where there is a head it is trained first, alone, and then stays as it is, so
+that all that is saved is the layer's doing. Layers are done one by one and written as they finish.
+
+Rank correlations (Spearman) are over layers; "per parameter" divides both by the cost of the ranks,
+which is what decides where a rank goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.finetune import signals
+from benchmarks.finetune.arms import warm_head
+from benchmarks.finetune.local_tasks import local_task
+from benchmarks.finetune.protocol import protocol
+from benchmarks.finetune.signals import Measuring
+from benchmarks.finetune.task import Task, shuffled
+from benchmarks.finetune.training import adapted
+from benchmarks.report import RESULTS, machine, markdown
+from lorambo_adapters.layers import TargetLayer, find_layers
+from lorambo_alloc.storage import replacing
+
+SIGNALS = {
+    "gradient": signals.gradient,
+    "nuclear": signals.gradient_nuclear,
+    "first_step": signals.first_step,
+    "kfac": signals.kfac,
+    "directions": signals.directions,
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure the layers that are not in the output yet, and print the correlations."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune predicted")
+    parser.add_argument("task", choices=("minilm", "mpnet", "gemma"))
+    parser.add_argument("--rank", type=int, default=1, help="of the layer's LoRA")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--held-out", type=int, default=512, help="examples of dev")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th layer")
+    parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--output", type=Path, help="default: in benchmarks/results/finetune")
+    options = parser.parse_args(arguments)
+    output = options.output or RESULTS / "finetune" / f"predicted_{options.task}.json"
+    content = measure(local_task(options.task), options, output)
+    print(correlations(content))
+
+
+def measure(task: Task, options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """What `output` holds at the end: the signals, and what each layer has saved."""
+    agreed = protocol(task.name).settings
+    keys = ("rank", "steps", "rate", "held_out", "every", "seed")
+    settings = {key: getattr(options, key) for key in keys}
+    content: dict[str, Any] = {"settings": settings, "machine": machine(1)}
+    if output.exists():
+        content = json.loads(output.read_text(encoding="utf-8"))
+        if content["settings"] != settings:
+            raise ValueError(f"{output}: has other settings; move it away or give another --output")
+    base = _started(task, options.seed, agreed.batch)
+    layers = find_layers(base, task.targets)[:: options.every]
+    if "predicted" not in content:
+        content["predicted"] = {
+            name: _predicted(signal, task, options, agreed.batch, agreed.measured)
+            for name, signal in SIGNALS.items()
+        }
+        content["costs"] = {layer.name: options.rank * sum(layer.shape) for layer in layers}
+        content["saved"] = {}
+        _write(output, content)
+    held_out = task.splits["dev"][: options.held_out]
+    before = _loss(task, base, held_out)
+    content["before"] = float(before)
+    for layer in layers:
+        if layer.name not in content["saved"]:
+            begun = time.perf_counter()
+            saved = before - _alone(task, layer, held_out, options, agreed.batch, agreed.scale)
+            content["saved"][layer.name] = float(saved)
+            _write(output, content)
+            seconds = time.perf_counter() - begun
+            print(f"{layer.name}: saves {saved:.4f} of {before:.4f} ({seconds:.0f} s)", flush=True)
+    return content
+
+
+def correlations(content: Mapping[str, Any]) -> str:
+    """Spearman's correlation of each signal with what was saved, as markdown."""
+    from scipy.stats import spearmanr
+
+    names = list(content["saved"])
+    saved = np.array([content["saved"][name] for name in names])
+    costs = np.array([content["costs"][name] for name in names], dtype=np.float64)
+    table: list[dict[str, str]] = []
+    for signal, values in content["predicted"].items():
+        predicted = np.array([values[name] for name in names])
+        plain = spearmanr(predicted, saved).statistic
+        each = spearmanr(predicted / costs, saved / costs).statistic
+        ratio = np.median(predicted / np.maximum(saved, 1e-12))
+        table.append(
+            {
+                "signal": signal,
+                "layers": str(len(names)),
+                "correlation": f"{plain:.2f}",
+                "per parameter": f"{each:.2f}",
+                "median predicted / saved": f"{ratio:.3g}",
+            }
+        )
+    return markdown(table)
+
+
+def _started(task: Task, seed: int, size: int) -> torch.nn.Module:
+    """The base with its head trained, in the same way each time."""
+    torch.manual_seed(seed)
+    model = task.model()
+    warm_head(task, model, steps=100, size=size, seed=seed)
+    return model
+
+
+def _predicted(
+    signal: Any, task: Task, options: argparse.Namespace, size: int, batches: int
+) -> dict[str, float]:
+    model = _started(task, options.seed, size)
+    layers = find_layers(model, task.targets)
+    first = list(islice(shuffled(task, size, options.seed), batches))
+    found = signal(Measuring(task, model, layers, first, options.rank, options.rate, options.seed))
+    return {name: float(curve[min(options.rank, len(curve) - 1)]) for name, curve in found.items()}
+
+
+def _alone(
+    task: Task,
+    layer: TargetLayer,
+    held_out: Sequence[Any],
+    options: argparse.Namespace,
+    size: int,
+    scale: float,
+) -> float:
+    """The held-out loss after training an adapter of this layer alone."""
+    model = adapted(
+        _started(task, options.seed, size), task, {layer.name: options.rank}, options.seed, scale
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0)
+    model.train()
+    for step, batch in enumerate(islice(shuffled(task, size, options.seed), options.steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = options.rate * (1 - step / options.steps)
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return _loss(task, model, held_out)
+
+
+@torch.no_grad()
+def _loss(task: Task, model: Any, examples: Sequence[Any]) -> float:
+    model.eval()
+    found = [
+        task.scores(model, task.batch(examples[i : i + 32])).losses
+        for i in range(0, len(examples), 32)
+    ]
+    return float(torch.cat(found).double().mean())
+
+
+def _write(output: Path, content: Mapping[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output) as file:
+        file.write(json.dumps(content).encode() + b"\n")
