@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _further(options.command, rest)
             return
         {"prepare": _prepare, "run": _run, "report": _report}[options.command](options)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
         sys.exit(f"{parser.prog}: {error}")
 
 

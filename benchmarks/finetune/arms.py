@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.finetune import signals
@@ -121,13 +123,18 @@ def starting_ranks(
         warm_head(task, model, steps=arm.warm, size=size, seed=seed)
     curves = None
     if arm.curves is not None:
-        curves = arm.curves(measuring)
+        curves = {layer: _long_enough(c, rank + 1) for layer, c in arm.curves(measuring).items()}
         ranks = spend_exactly(curves, costs, budget)
     else:
         assert arm.ranks is not None
         ranks = nearest_exact(arm.ranks(measuring), costs, budget)
     seconds = time.perf_counter() - begun
     return Start(control(name, ranks, costs, seed), curves, seconds)
+
+
+def _long_enough(curve: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:
+    """A curve that reaches the uniform rank: further ranks are worth nothing more."""
+    return np.append(curve, np.full(max(0, length - len(curve)), curve[-1]))
 
 
 def control(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,20 @@ def finished(folder: Path = FOLDER) -> dict[Run, dict[str, Any]]:
     return found
 
 
-def execute(runs: Iterable[Run], folder: Path = FOLDER, *, until: float | None = None) -> int:
+def execute(
+    runs: Iterable[Run],
+    folder: Path = FOLDER,
+    *,
+    until: float | None = None,
+    train: Callable[[Run, Path], dict[str, Any]] | None = None,
+) -> int:
     """Train what is not there yet, in this order.
 
     Args:
         runs: their order is kept, but those that another process works on are passed over.
         folder: of the results.
         until: as of `time.time()`: no run is begun after it.
+        train: trains a run, of which the folder may hold parts; by default one of the protocol's.
 
     Returns:
         How many were trained here.
@@ -120,7 +127,7 @@ def execute(runs: Iterable[Run], folder: Path = FOLDER, *, until: float | None =
             break
         with_claim = _claimed(folder / run.path)
         for path in with_claim:
-            result = {"run": asdict(run), **_train(run, folder), "machine": machine(1)}
+            result = {"run": asdict(run), **(train or _train)(run, folder), "machine": machine(1)}
             with replacing(path) as file:
                 file.write(json.dumps(result).encode() + b"\n")
             done += 1

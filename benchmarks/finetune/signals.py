@@ -24,7 +24,6 @@ from lorambo_alloc.baselines import eva, gora, mlp_only
 Curves = dict[str, npt.NDArray[np.float64]]
 
 DAMPING = 0.1  # of the Kronecker factors, relative to their mean eigenvalue
-_MOST = 64  # ranks that a layer may have
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,11 @@ class Measuring:
         """Parameters."""
         return self.rank * sum(self.costs.values())
 
+    @property
+    def most(self) -> int:
+        """Ranks that a layer may have."""
+        return max(64, 4 * self.rank)
+
 
 def gradient(measuring: Measuring) -> Curves:
     """Energy of the mean gradient: sigma^2 a rank."""
@@ -80,7 +84,7 @@ def first_step(measuring: Measuring) -> Curves:
     curves: Curves = {}
     for name, gradient in _mean_gradients(measuring).items():
         one = (2 / np.pi / 3 / gradient.shape[1]) ** 0.5 * float(gradient.norm(dim=1).sum())
-        curves[name] = one * np.arange(_MOST + 1)
+        curves[name] = one * np.arange(measuring.most + 1)
     return curves
 
 
@@ -91,7 +95,7 @@ def kfac(measuring: Measuring) -> Curves:
         list(measuring.batches),
         damping=DAMPING,
         targets=list(measuring.layers),
-        rank=_MOST // 2,
+        rank=measuring.most // 2,
         seed=measuring.seed,
     )
     return _sums(found, 2)
@@ -133,7 +137,10 @@ def short_run(measuring: Measuring) -> Curves:
 def eva_ranks(measuring: Measuring) -> dict[str, int]:
     """EVA's: explained variance of each layer's inputs, the best L r of all layers."""
     found = activation_spectra(
-        measuring.model, list(measuring.batches), targets=list(measuring.layers)
+        measuring.model,
+        list(measuring.batches),
+        rank=measuring.most,
+        targets=list(measuring.layers),
     )
     return dict(eva(Problem(found, measuring.budget, costs=measuring.costs), fill=True))
 
@@ -177,7 +184,7 @@ def _gradient(measuring: Measuring) -> Spectra:
         measuring.model,
         list(measuring.batches),
         targets=list(measuring.layers),
-        rank=_MOST // 2,
+        rank=measuring.most // 2,
         seed=measuring.seed,
     )
 
@@ -192,5 +199,5 @@ def _sums(spectra: Spectra, power: int) -> Curves:
 
 def _flat(measuring: Measuring) -> Problem:
     """A problem with gains that tell nothing, for rules that do not look at them."""
-    gains: Mapping[str, Any] = {layer.name: np.ones(_MOST) for layer in measuring.layers}
+    gains: Mapping[str, Any] = {layer.name: np.ones(measuring.most) for layer in measuring.layers}
     return Problem(gains, measuring.budget, costs=measuring.costs)
