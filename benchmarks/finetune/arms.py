@@ -31,6 +31,8 @@ class Arm:
         ranks: a rule's own ranks, moved as little as spending the budget exactly takes.
         warm: steps that the head is trained for, in a copy, before anything is measured.
         online: the ranks follow the training.
+        first: the share of the training after which an online arm moves ranks first; 0: at once.
+        in_loss_units: the signal's values are, so that an online arm goes on from them.
         trains: what is trained: "adapters" (and the head), "all" weights, or the "head" alone.
     """
 
@@ -38,6 +40,8 @@ class Arm:
     ranks: Callable[[Measuring], dict[str, int]] | None = None
     warm: int = 0
     online: bool = False
+    first: float = 0.0
+    in_loss_units: bool = False
     trains: str = "adapters"
 
 
@@ -53,7 +57,9 @@ ARMS: dict[str, Arm] = {
     "start_warm": Arm(curves=signals.directions, warm=50),
     "short_run": Arm(curves=signals.short_run),
     "online": Arm(online=True),
-    "both": Arm(curves=signals.directions, online=True),
+    "online_late": Arm(online=True, first=0.25),
+    "both": Arm(curves=signals.directions, online=True, in_loss_units=True),
+    "both_late": Arm(curves=signals.gradient, warm=50, online=True, first=0.25),
     "eva": Arm(ranks=signals.eva_ranks),
     "gora": Arm(ranks=signals.gora_ranks),
     "adalora": Arm(ranks=adalora_ranks),

@@ -14,6 +14,7 @@ which is what decides where a rank goes.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from benchmarks.finetune.local_tasks import local_task
 from benchmarks.finetune.protocol import protocol
 from benchmarks.finetune.signals import Measuring
 from benchmarks.finetune.task import Task, shuffled
-from benchmarks.finetune.training import adapted
+from benchmarks.finetune.training import Settings, adapted
 from benchmarks.report import RESULTS, machine, markdown
 from lorambo_adapters.layers import TargetLayer, find_layers
 from lorambo_alloc.storage import replacing
@@ -49,8 +50,8 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune predicted")
     parser.add_argument("task", choices=("minilm", "mpnet", "gemma"))
     parser.add_argument("--rank", type=int, default=1, help="of the layer's LoRA")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rate", type=float, default=5e-3)
     parser.add_argument("--held-out", type=int, default=512, help="examples of dev")
     parser.add_argument("--every", type=int, default=1, help="take every n-th layer")
     parser.add_argument("--seed", type=int, default=100)
@@ -75,7 +76,7 @@ def measure(task: Task, options: argparse.Namespace, output: Path) -> dict[str, 
     layers = find_layers(base, task.targets)[:: options.every]
     if "predicted" not in content:
         content["predicted"] = {
-            name: _predicted(signal, task, options, agreed.batch, agreed.measured)
+            name: _predicted(signal, task, copy.deepcopy(base), options, agreed)
             for name, signal in SIGNALS.items()
         }
         content["costs"] = {layer.name: options.rank * sum(layer.shape) for layer in layers}
@@ -87,7 +88,7 @@ def measure(task: Task, options: argparse.Namespace, output: Path) -> dict[str, 
     for layer in layers:
         if layer.name not in content["saved"]:
             begun = time.perf_counter()
-            saved = before - _alone(task, layer, held_out, options, agreed.batch, agreed.scale)
+            saved = before - _alone(task, copy.deepcopy(base), layer, held_out, options, agreed)
             content["saved"][layer.name] = float(saved)
             _write(output, content)
             seconds = time.perf_counter() - begun
@@ -121,7 +122,7 @@ def correlations(content: Mapping[str, Any]) -> str:
 
 
 def _started(task: Task, seed: int, size: int) -> torch.nn.Module:
-    """The base with its head trained, in the same way each time."""
+    """The base with its head trained."""
     torch.manual_seed(seed)
     model = task.model()
     warm_head(task, model, steps=100, size=size, seed=seed)
@@ -129,33 +130,34 @@ def _started(task: Task, seed: int, size: int) -> torch.nn.Module:
 
 
 def _predicted(
-    signal: Any, task: Task, options: argparse.Namespace, size: int, batches: int
+    signal: Any,
+    task: Task,
+    model: torch.nn.Module,
+    options: argparse.Namespace,
+    agreed: Settings,
 ) -> dict[str, float]:
-    model = _started(task, options.seed, size)
     layers = find_layers(model, task.targets)
-    first = list(islice(shuffled(task, size, options.seed), batches))
+    first = list(islice(shuffled(task, agreed.batch, options.seed), agreed.measured))
     found = signal(Measuring(task, model, layers, first, options.rank, options.rate, options.seed))
     return {name: float(curve[min(options.rank, len(curve) - 1)]) for name, curve in found.items()}
 
 
 def _alone(
     task: Task,
+    base: torch.nn.Module,
     layer: TargetLayer,
     held_out: Sequence[Any],
     options: argparse.Namespace,
-    size: int,
-    scale: float,
+    agreed: Settings,
 ) -> float:
     """The held-out loss after training an adapter of this layer alone."""
-    model = adapted(
-        _started(task, options.seed, size), task, {layer.name: options.rank}, options.seed, scale
-    )
+    model = adapted(base, task, {layer.name: options.rank}, options.seed, agreed.scale)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0)
     model.train()
-    for step, batch in enumerate(islice(shuffled(task, size, options.seed), options.steps)):
+    for step, batch in enumerate(islice(shuffled(task, agreed.batch, options.seed), options.steps)):
         for group in optimizer.param_groups:
             group["lr"] = options.rate * (1 - step / options.steps)
         model(**batch).loss.backward()

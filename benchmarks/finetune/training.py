@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.finetune.arms import Start, arm_of
+from benchmarks.finetune.arms import Arm, Start, arm_of
 from benchmarks.finetune.task import Scores, Task, evaluate, shuffled
 from lorambo_adapters.layers import find_layers
 from lorambo_adapters.ranks.formats import to_peft
@@ -96,7 +96,9 @@ def train(
         optimizer,
         lambda step: min((step + 1) / rising, (settings.steps - step) / (settings.steps - rising)),
     )
-    controller = _controller(model, optimizer, start, rank, seed, settings) if arm.online else None
+    controller = None
+    if arm.online:
+        controller = _controller(model, optimizer, arm, start, rank, seed, settings)
     torch.manual_seed(seed)  # the same dropout in every arm: factors have drawn unequally many
     begun, losses = time.perf_counter(), []
     for batch in islice(shuffled(task, settings.batch, seed), settings.steps):
@@ -221,18 +223,24 @@ def _whole(base: torch.nn.Module, task: Task, trains: str) -> Any:
 
 
 def _controller(
-    model: Any, optimizer: Any, start: Start, rank: int, seed: int, settings: Settings
+    model: Any,
+    optimizer: Any,
+    arm: Arm,
+    start: Start,
+    rank: int,
+    seed: int,
+    settings: Settings,
 ) -> RankController:
     allocator = allocator_for(
         model,
         uniform_rank(rank),
-        warmup=settings.period,
+        warmup=max(settings.period, round(arm.first * settings.steps)),
         period=settings.period,
         freeze=max(1, settings.steps * 3 // 5),
         switching_share=0.1,
         max_rank=max(64, 4 * rank),
     )
-    if start.curves is not None:
+    if start.curves is not None and arm.in_loss_units:
         allocator.observe(GainCurves(start.curves))
     return RankController(
         model, optimizer, allocator, batches_per_probe=8, ahead=max(8, 2 * rank), seed=seed
