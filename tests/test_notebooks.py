@@ -37,6 +37,8 @@ def test_links_lead_to_files(name):
     quoted = [part for part in prose.split("`")[1::2] if part.endswith(".ipynb")]
     assert quoted
     assert [name for name in quoted if not (FOLDER / name).exists()] == []
+    pages = [part for part in prose.split("`")[1::2] if part.endswith(".md")]
+    assert [page for page in pages if not (FOLDER.parent / page).exists()] == []
 
 
 @pytest.fixture

@@ -45,6 +45,8 @@ def against_baselines(comparison: Comparison, *, ax: Axes | None = None) -> Figu
         >>> comparison = compare({"0.q": [3.0, 2.0], "0.v": [2.5]}, 2, rules=["uniform"])
         >>> against_baselines(comparison).savefig("rules.png")  # doctest: +SKIP
     """
+    if not isinstance(comparison, Comparison):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"comparison: expected what compare returns, got {comparison!r}")
     rows = list(comparison)
     if not rows:
         raise ValueError("comparison: expected at least one row, got none")

@@ -51,7 +51,7 @@ def frontier(
         knee: whether to mark the knee of each (`Frontier.knee`).
         share: values in % of each frontier's greatest, prices in % for 1 % of its last budget;
             else both in units of gain.
-        log: logarithmic budgets; a budget of 0 is then left out.
+        log: logarithmic budgets; a budget of 0, and a knee at 0, are then left out.
         unit: of the costs.
 
     Returns:
@@ -68,6 +68,8 @@ def frontier(
         >>> curve = frontier_of({"q": [3.0, 2.0, 1.0], "v": [2.0]}, costs={"q": 2, "v": 1})
         >>> frontier(curve, target=0.9).savefig("frontier.png")  # doctest: +SKIP
     """
+    if not isinstance(frontiers, (Frontier, Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"frontiers: expected a Frontier or a mapping to such, got {frontiers!r}")
     curves = {"": frontiers} if isinstance(frontiers, Frontier) else dict(frontiers)
     _check(curves, target, share)
     if log and not any(curve.budgets[-1] for curve in curves.values()):
@@ -82,10 +84,12 @@ def frontier(
         look = {"color": colour(k), "linestyle": dashes(k), "linewidth": 1.2}
         kept = curve.budgets > 0 if log else np.ones(len(curve), dtype=bool)
         scale = 100 / float(curve.values[-1]) if share else 1.0
+        alone = {"marker": "."} if int(kept.sum()) == 1 else {}  # one point has no line
         upper.plot(
-            curve.budgets[kept], scale * curve.values[kept], label=name or "upper hull", **look
-        )
-        if knee:
+            curve.budgets[kept], scale * curve.values[kept], label=name or "upper hull", **look,
+            **alone,
+        )  # fmt: skip
+        if knee and (curve.knee() or not log):
             _mark_knee(upper, curve, scale, look)
         if target is not None:
             _mark_target(upper, curve, target, scale, look)
@@ -94,7 +98,8 @@ def frontier(
             # The last price, 0, is that of budgets beyond: the line ends with the one before it.
             prices = np.append(curve.prices[:-1], curve.prices[-2:-1])[: len(curve)]
             if len(curve) > 1:
-                lower.step(curve.budgets[kept], scale * per * prices[kept], where="post", **look)
+                drawn = scale * per * prices[kept]
+                lower.step(curve.budgets[kept], drawn, where="post", **look, **alone)
     _finish(upper, lower, curves, log=log, share=share, unit=unit)
     return figure_of(upper)
 
@@ -164,6 +169,8 @@ def _finish(
     for ax in filter(None, (upper, lower)):
         if log:
             ax.set_xscale("log")
+        else:
+            ax.xaxis.get_major_locator().set_params(integer=True)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.grid(True, color="0.9", linewidth=0.5)
         ax.set_axisbelow(True)

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
+import numpy as np
+
 from lorambo_alloc.objectives import real_number
-from lorambo_alloc.plots.style import FONT, TITLE, WIDTH, figure_of, label, new_figure
+from lorambo_alloc.plots.style import FONT, TALLEST, TITLE, WIDTH, figure_of, label, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +21,8 @@ IntervalRows: TypeAlias = (
 )
 """(group, label, mean, low, high); or group to label to (mean, low, high)."""
 
+_MOST_LINES = 100  # rows and headings up to which each has room for its label
+_GREATEST = 1e150  # so that no limit of an axis overflows
 _BETTER, _WORSE, _OPEN = "#0072b2", "#d55e00", "#444444"
 
 
@@ -43,7 +47,8 @@ def intervals(
     """A forest plot: a mean with its interval a row, by groups, and a line at 0.
 
     Words above the axes say which side is better. An interval clear of 0 has a filled marker, a
-    disc on the better side and a square on the worse; one that holds 0 has an open diamond.
+    disc on the better side and a square on the worse; one that holds 0 has an open diamond. Of more
+    than 100 rows only the groups are labelled.
 
     Args:
         rows: (group, label, mean, low, high) from top to bottom, low <= mean <= high; or group to
@@ -73,18 +78,18 @@ def intervals(
         raise ValueError(f"level: expected a share between 0 and 1, got {level!r}")
     places, headings = _places(drawn)
     lines = places[-1] + 1
+    roomy = lines <= _MOST_LINES
     if ax is None:
         longest = max([len(row.name) for row in drawn] + [len(name) for name, _ in headings])
         width = min(WIDTH, 3.2 + longest * FONT * 0.55 / 72 + 1.5 * numbers)
-        ax = new_figure(width, 0.85 + 0.16 * lines).subplots()
+        ax = new_figure(width, 0.85 + min(0.16 * lines, TALLEST)).subplots()
     axes: Any = ax
     axes.axvline(0, color="0.3", linewidth=0.8, zorder=1)
     sign = -1 if better == "lower" else 1
-    for place, row in zip(places, drawn, strict=True):
-        _draw(axes, place, row, sign)
+    _draw(axes, drawn, places, sign)
     _limits(axes, drawn, lines)
-    _name(axes, drawn, places, headings)
-    if numbers:
+    _name(axes, drawn if roomy else [], places if roomy else [], headings)
+    if numbers and roomy:
         _write(axes, drawn, places)
     _say_sides(axes, better)
     label(axes, x=f"{quantity}\nagainst {against}, with {100 * level:g} % interval")
@@ -96,8 +101,10 @@ def _rows(rows: Any) -> list[_Interval]:
         groups = cast(Mapping[str, Mapping[str, Any]], rows)
         rows = [(group, name, *values) for group, members in groups.items()
                 for name, values in members.items()]  # fmt: skip
+    if not isinstance(rows, Iterable):
+        raise ValueError(f"rows: expected rows or a mapping of groups, got {rows!r}")
     drawn: list[_Interval] = []
-    for k, row in enumerate(rows):
+    for k, row in enumerate(cast(Iterable[Any], rows)):
         try:
             group, name, *values = row
             mean, low, high = map(real_number, values)
@@ -105,10 +112,10 @@ def _rows(rows: Any) -> list[_Interval]:
             raise ValueError(
                 f"rows: row {k}: expected (group, label, mean, low, high), got {row!r}"
             ) from None
-        if not -math.inf < low <= mean <= high < math.inf:
+        if not -_GREATEST <= low <= mean <= high <= _GREATEST:
             raise ValueError(
-                f"rows: {f'{group} {name}'.strip()!r}: expected finite low <= mean <= high, got "
-                f"mean {mean}, low {low}, high {high}"
+                f"rows: {f'{group} {name}'.strip()!r}: expected finite low <= mean <= high of size "
+                f"at most {_GREATEST:g}, got mean {mean}, low {low}, high {high}"
             )
         drawn.append(_Interval(str(group), str(name), mean, low, high))
     if not drawn:
@@ -133,16 +140,22 @@ def _places(rows: list[_Interval]) -> tuple[list[float], list[tuple[str, float]]
     return places, headings
 
 
-def _draw(ax: Any, place: float, row: _Interval, sign: int) -> None:
-    shade, marker, fill = _OPEN, "D", "white"
-    if row.low > 0 or row.high < 0:
-        good = (row.mean > 0) == (sign > 0)
-        shade = fill = _BETTER if good else _WORSE
-        marker = "o" if good else "s"
-    ax.errorbar(
-        [row.mean], [place], xerr=[[row.mean - row.low], [row.high - row.mean]], color=shade,
-        marker=marker, markersize=4, markerfacecolor=fill, linewidth=1.2, capsize=1.5,
-    )  # fmt: skip
+def _draw(ax: Any, rows: list[_Interval], places: list[float], sign: int) -> None:
+    """All intervals of one look at once."""
+    looks: dict[tuple[str, str, str], list[tuple[float, _Interval]]] = {}
+    for place, row in zip(places, rows, strict=True):
+        look = (_OPEN, "D", "white")
+        if row.low > 0 or row.high < 0:
+            good = (row.mean > 0) == (sign > 0)
+            look = (_BETTER, "o", _BETTER) if good else (_WORSE, "s", _WORSE)
+        looks.setdefault(look, []).append((place, row))
+    for (shade, marker, fill), members in looks.items():
+        ax.errorbar(
+            [row.mean for _, row in members], [place for place, _ in members],
+            xerr=np.array([[row.mean - row.low, row.high - row.mean] for _, row in members]).T,
+            color=shade, linestyle="none", elinewidth=1.2, capsize=1.5,
+            marker=marker, markersize=4, markerfacecolor=fill,
+        )  # fmt: skip
 
 
 def _limits(ax: Any, rows: list[_Interval], lines: float) -> None:
@@ -176,11 +189,11 @@ def _name(
 def _write(ax: Any, rows: list[_Interval], places: list[float]) -> None:
     """Mean and interval to the right of the axes, all with the same number of digits."""
     widest = max(max(abs(row.low), abs(row.high)) for row in rows) or 1.0
-    digits = max(0, 2 - math.floor(math.log10(widest)))
+    form = "+.2e"
+    if 1e-6 <= widest < 1e9:
+        form = f"+.{max(0, 2 - math.floor(math.log10(widest)))}f"
     side = ax.secondary_yaxis("right")
-    said = [
-        f"{row.mean:+.{digits}f}  [{row.low:+.{digits}f}, {row.high:+.{digits}f}]" for row in rows
-    ]
+    said = [f"{row.mean:{form}}  [{row.low:{form}}, {row.high:{form}}]" for row in rows]
     signed = [text.replace("-", "\N{MINUS SIGN}") for text in said]  # as the ticks have it
     side.set_yticks(places, signed, fontsize=FONT)
     side.tick_params(length=0)

@@ -10,13 +10,23 @@ import numpy as np
 
 from lorambo_alloc.objectives import FloatArray, real_number
 from lorambo_alloc.plots.layer_names import module_type, shortest, split
-from lorambo_alloc.plots.style import FONT, WIDTH, colour, figure_of, label, marker, new_figure
+from lorambo_alloc.plots.style import (
+    FONT,
+    WIDTH,
+    colour,
+    figure_of,
+    label,
+    marker,
+    new_figure,
+    plain_log_ticks,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _MOST_KINDS = 12  # module types that markers tell apart
+_GREATEST = 1e150  # so that neither limits of axes nor ratios overflow
 
 
 def predicted_against_real(
@@ -48,14 +58,17 @@ def predicted_against_real(
 
     Raises:
         ImportError: matplotlib is absent.
-        ValueError: there are no layers, names differ, a number is not finite, or with `log` no
-            layer has both above 0.
+        ValueError: there are no layers, names differ, a number is not finite or beyond 1e150 in
+            size, or with `log` no layer has both above 0.
 
     Example:
         >>> predicted_against_real({"0.q": 2.0, "0.v": 1.0}, {"0.q": 1.5, "0.v": 1.1}).savefig(
         ...     "predicted.png"
         ... )  # doctest: +SKIP
     """
+    for what, given in (("real", real), ("predicted", predicted)):
+        if not isinstance(cast(object, given), Mapping):
+            raise ValueError(f"{what}: expected a mapping of layer name to number, got {given!r}")
     names = list(predicted)
     x, y = _numbers(names, real, "real"), _numbers(names, predicted, "predicted")
     for name in real:
@@ -76,6 +89,9 @@ def predicted_against_real(
     _scatter(axes, names, x, y, shown)
     _say(axes, x, y, both, int((~shown).sum()))
     suffix = f" ({unit})" if unit else ""
+    if log:
+        plain_log_ticks(axes.xaxis)
+        plain_log_ticks(axes.yaxis)
     label(axes, x=f"real {quantity}{suffix}", y=f"predicted {quantity}{suffix}")
     return figure_of(axes)
 
@@ -100,16 +116,15 @@ def _mean_ranks(values: FloatArray) -> FloatArray:
 
 
 def _numbers(names: list[str], given: Mapping[str, float], what: str) -> FloatArray:
-    if not isinstance(cast(object, given), Mapping):
-        raise ValueError(f"{what}: expected a mapping of layer name to number, got {given!r}")
     numbers: list[float] = []
     for name in names:
         if name not in given:
             raise ValueError(f"{what}: layer {name!r} is missing")
         number = real_number(given[name])
-        if not math.isfinite(number):
+        if not abs(number) <= _GREATEST:
             raise ValueError(
-                f"{what}: layer {name!r}: expected a finite number, got {given[name]!r}"
+                f"{what}: layer {name!r}: expected a finite number of size at most {_GREATEST:g}, "
+                f"got {given[name]!r}"
             )
         numbers.append(number)
     return np.array(numbers, dtype=np.float64)
@@ -154,7 +169,9 @@ def _say(ax: Any, x: FloatArray, y: FloatArray, both: Any, left_out: int) -> Non
     if not math.isnan(correlation):
         lines.append(f"rank correlation {correlation:.2f}")
     if both.any():
-        lines.append(f"median predicted / real {float(np.median(y[both] / x[both])):.3g}")
+        with np.errstate(over="ignore", under="ignore"):
+            ratio = float(np.median(y[both] / x[both]))
+        lines.append(f"median predicted / real {ratio:.3g}")
     if left_out:
         lines.append(f"{left_out} layers not above 0 left out")
     ax.set_title("\n".join(lines), loc="left", fontsize=FONT)

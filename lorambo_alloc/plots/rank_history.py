@@ -62,6 +62,8 @@ def rank_history(
         >>> history.record(0, {"layers.0.q": 2, "layers.1.q": 0}, budget=32)
         >>> rank_history(history).savefig("ranks.png")  # doctest: +SKIP
     """
+    if not isinstance(history, RankHistory):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"history: expected a RankHistory, got {history!r}")
     if not len(history) or not history.names:
         raise ValueError(f"history: expected entries of layers, got {history!r}")
     ordered = rows(history.names, group)

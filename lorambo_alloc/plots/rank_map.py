@@ -30,6 +30,7 @@ _HIGHEST = 8.0  # inches that the rows of one map may take
 _BESIDE = 1.6  # inches for labels of rows and the scale
 _ROOMY = 32  # cells in a row of all maps up to which each expert has a full cell
 _GAP = 0.4  # rows between the grid and the layers outside it
+_MOST_RANK = 2**53
 
 
 def rank_map(
@@ -56,8 +57,8 @@ def rank_map(
 
     Raises:
         ImportError: matplotlib is absent.
-        ValueError: there are no layers, a rank is not a whole number >= 0, or several maps were to
-            go into one `ax`.
+        ValueError: there are no layers, a rank is not a whole number from 0 to 2^53, or several
+            maps were to go into one `ax`.
 
     Example:
         >>> ranks = {"layers.0.q": 4, "layers.0.v": 8, "layers.1.q": 0, "layers.1.v": 2, "head": 1}
@@ -121,6 +122,11 @@ def _maps(ranks: Mapping[str, Any]) -> dict[str, dict[str, int]]:
             name: whole_number(rank, f"ranks: {where}layer {name!r}", 0)
             for name, rank in chosen.items()
         }
+        for name, rank in maps[title].items():
+            if rank > _MOST_RANK:
+                raise ValueError(
+                    f"ranks: {where}layer {name!r}: expected at most {_MOST_RANK}, got {rank}"
+                )
         if not maps[title]:
             raise ValueError(f"ranks: {where}expected at least one layer, got none")
     return maps
@@ -187,7 +193,7 @@ def _draw(
             table[column][row, cell] = chosen.get(name, -1)
         ranks = np.concatenate(table, axis=1)
         x = np.append(0.0, np.concatenate([edges[1:] for edges in layout.edges]))
-        fine = layout.cell[0] * float(np.diff(x).min()) < 4
+        fine = min(layout.cell[0] * float(np.diff(x).min()), layout.cell[1]) < 4
         mesh = colours.mesh(
             ax, x, np.arange(high + 1) - 0.5, np.ma.masked_less(ranks, 0),
             **({} if fine else lines),
@@ -198,20 +204,23 @@ def _draw(
             if column.count > 1:  # a frame around what belongs to one label
                 for place in (edges[0], edges[-1]):
                     ax.plot([place] * 2, [-0.5, high - 0.5], color="black", linewidth=0.9)
-    for k, name in enumerate(grid.alone):
-        top = _top(grid) + k
-        if name in chosen:
-            ends = ([0.0, layout.width], [top, top + 1.0])
-            mesh = colours.mesh(ax, *ends, np.array([[chosen[name]]]), **lines)
-        else:
-            crosses.append([(0.0, top + 1.0), (layout.width, top)])
+    if grid.alone:
+        y = _top(grid) + np.arange(len(grid.alone) + 1)
+        ranks = np.array([[chosen.get(name, -1)] for name in grid.alone])
+        mesh = colours.mesh(
+            ax, [0.0, layout.width], y, np.ma.masked_less(ranks, 0),
+            **({} if layout.cell[1] < 4 else lines),
+        )  # fmt: skip
+        crosses += _crosses(np.array([0.0, layout.width]), ranks, float(y[0]) + 0.5)
     ax.add_collection(LineCollection(crosses, colors="0.6", linewidths=0.5), autolim=False)
     ax.set_xlim(0, layout.width)
     ax.set_ylim(_rows(grid) - 0.5, -0.5)
     return mesh
 
 
-def _crosses(edges: FloatArray, cells: IntArray) -> list[list[tuple[float, float]]]:
+def _crosses(
+    edges: FloatArray, cells: IntArray, first: float = 0.0
+) -> list[list[tuple[float, float]]]:
     """Lines through the cells of a column that no layer has; one where a whole row has none."""
     lines: list[list[tuple[float, float]]] = []
     for row, found in enumerate(cells.tolist()):
@@ -220,7 +229,7 @@ def _crosses(edges: FloatArray, cells: IntArray) -> list[list[tuple[float, float
         if len(missing) == len(found):
             spans = [(0, len(found))]
         lines += [
-            [(float(edges[left]), row + 0.5), (float(edges[right]), row - 0.5)]
+            [(float(edges[left]), first + row + 0.5), (float(edges[right]), first + row - 0.5)]
             for left, right in spans
         ]
     return lines

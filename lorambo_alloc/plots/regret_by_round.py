@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from lorambo_alloc.objectives import FloatArray
-from lorambo_alloc.plots.style import FONT, WIDTH, colour, dashes, figure_of, label, new_figure
+from lorambo_alloc.plots.style import (
+    FONT,
+    WIDTH,
+    colour,
+    dashes,
+    figure_of,
+    label,
+    new_figure,
+    plain_log_ticks,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,27 +32,31 @@ def regret_by_round(
     Args:
         regrets: by what is to stand in the legend, an array runs x rounds (or rounds alone).
         ax: where to draw; None: a new figure.
-        log: both axes logarithmic, with dotted lines for t and t^1/2; values <= 0 are left out.
+        log: both axes logarithmic, with dotted lines for t and t^1/2; means <= 0 are left out.
+
+    Returns:
+        The figure; `savefig` writes it.
 
     Raises:
         ImportError: matplotlib is absent.
-        ValueError: there is nothing to draw, or an array has neither one nor two axes.
+        ValueError: there is nothing to draw (with `log` no mean above 0), an array has neither one
+            nor two axes, or a number in it is not finite.
     """
-    tables = {
-        arm: np.atleast_2d(np.asarray(table, dtype=np.float64)) for arm, table in regrets.items()
-    }
-    for arm, table in tables.items():
-        if table.ndim != 2 or not table.size:
-            raise ValueError(f"regrets: {arm!r}: expected runs x rounds, got shape {table.shape}")
-    if not tables:
-        raise ValueError("regrets: expected at least one array, got none")
+    tables = _tables(regrets)
+    greatest = max(float(table.mean(axis=0).max()) for table in tables.values())
+    if log and not greatest > 0:
+        raise ValueError(f"log: expected a mean regret above 0, got {greatest:g} at most")
     axes: Any = ax if ax is not None else new_figure(WIDTH / 2, 3.6).subplots()
     for k, (arm, table) in enumerate(tables.items()):
         rounds = np.arange(1, table.shape[1] + 1, dtype=np.int64)
         mean = table.mean(axis=0)
         if log:
             mean = np.where(mean > 0, mean, np.nan)
-        axes.plot(rounds, mean, color=colour(k), linestyle=dashes(k), linewidth=1.2, label=arm)
+        point = "." if int(np.isfinite(mean).sum()) == 1 else None  # it has no line
+        axes.plot(
+            rounds, mean, color=colour(k), linestyle=dashes(k), linewidth=1.2, label=arm,
+            marker=point,
+        )  # fmt: skip
         if len(table) > 1:
             half = 1.96 * table.std(axis=0, ddof=1) / np.sqrt(len(table))
             low = np.maximum(mean - half, mean / 10) if log else mean - half
@@ -53,6 +66,7 @@ def regret_by_round(
         axes.set_yscale("log")
         last = max(table.shape[1] for table in tables.values())
         top = max(float(table.mean(axis=0)[-1]) for table in tables.values())
+        top = top if top > 0 else greatest
         for power, name in ((1.0, "t"), (0.5, "t$^{1/2}$")):
             ends = np.array([max(1.0, last / 100), last])
             line = 2 * top * (ends / last) ** power
@@ -61,6 +75,33 @@ def regret_by_round(
     else:
         axes.axhline(0.0, color="0.5", linewidth=0.6)
     label(axes, x="round", y="cumulative regret")
+    if log:
+        plain_log_ticks(axes.xaxis)
+        plain_log_ticks(axes.yaxis)
     below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
     axes.legend(fontsize=FONT, frameon=False, **below)
     return figure_of(axes)
+
+
+def _tables(regrets: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """The arrays, runs x rounds, checked."""
+    if not isinstance(cast(object, regrets), Mapping):
+        raise ValueError(f"regrets: expected a mapping of name to array, got {regrets!r}")
+    if not regrets:
+        raise ValueError("regrets: expected at least one array, got none")
+    tables: dict[str, FloatArray] = {}
+    for arm, given in regrets.items():
+        try:
+            table = np.atleast_2d(np.asarray(given, dtype=np.float64))
+        except (TypeError, ValueError):
+            raise ValueError(f"regrets: {arm!r}: expected numbers, got {given!r}") from None
+        if table.ndim != 2 or not table.size:
+            raise ValueError(f"regrets: {arm!r}: expected runs x rounds, got shape {table.shape}")
+        if not np.isfinite(table).all():
+            run, at = np.argwhere(~np.isfinite(table))[0].tolist()
+            raise ValueError(
+                f"regrets: {arm!r}: expected finite numbers, got {table[run, at]} in run {run}, "
+                f"round {at + 1}"
+            )
+        tables[arm] = table
+    return tables

@@ -10,15 +10,12 @@ import numpy as np
 
 from lorambo_alloc.curves import Spectra
 from lorambo_alloc.objectives import FloatArray
-from lorambo_alloc.plots.layer_names import Depth, module_type, shortest, split
+from lorambo_alloc.plots.layer_names import module_type, shortest, split
+from lorambo_alloc.plots.spectrum_lines import NAMED, LayerStyles, draw_lines
 from lorambo_alloc.plots.style import (
-    COLOURS,
     FONT,
     TALLEST,
-    TITLE,
     WIDTH,
-    colour,
-    dashes,
     figure_of,
     label,
     new_figure,
@@ -38,7 +35,7 @@ _LABELS = {
     "captured": "energy of the first values\n(% of the layer's)",
 }
 _MOST_PANELS = 24
-_NAMED = len(COLOURS)  # layers that a legend can name
+_GREATEST = 1e200  # beyond, ticks of a logarithmic axis overflow
 
 
 def spectra(
@@ -80,26 +77,32 @@ def spectra(
     given = spectra if isinstance(spectra, Spectra) else Spectra(spectra)
     if quantity not in _LABELS:
         raise ValueError(f"quantity: expected one of {', '.join(_LABELS)}, got {quantity!r}")
-    chosen = list(given) if layers is None else list(layers)
+    chosen = list(given) if layers is None else list(dict.fromkeys(layers))
     for name in chosen:
         if name not in given:
             raise ValueError(f"layers: {name!r} is not among the spectra")
     if not chosen:
         raise ValueError("layers: expected at least one, got none")
+    for name in chosen:
+        if quantity == "values" and given[name][0] > _GREATEST:
+            raise ValueError(
+                f"spectra: layer {name!r}: expected values of at most {_GREATEST:g} to draw, got "
+                f"{given[name][0]:g}"
+            )
     curves = {name: _curve(given, name, quantity) for name in chosen}
     if not any(len(drawn) for _, drawn in curves.values()):
         raise ValueError("spectra: expected a layer with a value above 0, got zeros alone")
     cut = {name: _unresolved(given, name) for name in chosen}
     panels = {"": chosen}
-    if ax is None and len(chosen) > _NAMED:
+    if ax is None and len(chosen) > NAMED:
         panels = _panels(chosen)
     axes: list[Any] = [ax] if ax is not None else _new_axes(len(panels))
-    style = _Styles(chosen)
+    styles = LayerStyles(chosen)
     for axis, (title, names) in zip(axes, panels.items(), strict=True):
-        for name in names:
-            axis.plot(*curves[name], label=name, **style.line(name), **_end(cut[name]))
+        draw_lines(axis, {name: curves[name] for name in names}, cut, styles)
         label(axis, title=title)
-        _scales(axis, quantity)
+        longest = max(len(curves[name][0]) for name in names)
+        _scales(axis, quantity, longest)
         _say_unresolved(axis, [cut[name] for name in names], quantity)
     for axis in axes:
         last_row, lowest, left = _outer(axis, ax is not None)
@@ -108,65 +111,8 @@ def spectra(
             axis.tick_params(labelbottom=True)
         if quantity != "captured":
             plain_log_ticks(axis.yaxis)
-    style.key(axes)
+    styles.key(axes)
     return figure_of(axes[0])
-
-
-class _Styles:
-    """How lines tell layers apart: by name where these are few, else by the number of the block."""
-
-    def __init__(self, names: list[str]) -> None:
-        from matplotlib import colormaps
-        from matplotlib.colors import ListedColormap
-
-        self.names = names
-        self.named = len(names) <= _NAMED
-        self.depths: dict[str, Depth] = dict(zip(names, split(names)[2], strict=True))
-        numbers = [number for _, number in self.depths.values() if number >= 0]
-        self.least, self.most = min(numbers, default=0), max(numbers, default=0)
-        self.stacks = list(dict.fromkeys(stack for stack, n in self.depths.values() if n >= 0))
-        shades: Any = colormaps["viridis"](np.linspace(0.0, 0.85, 256))  # beyond is too pale
-        self.shades = ListedColormap(shades)
-
-    def line(self, name: str) -> dict[str, Any]:
-        """Keywords for a layer's line."""
-        if self.named:
-            k = self.names.index(name)
-            return {"color": colour(k), "linestyle": dashes(k), "linewidth": 1.2}
-        stack, number = self.depths[name]
-        if number < 0:
-            return {"color": "black", "linestyle": dashes(3), "linewidth": 1.0}
-        share = (number - self.least) / max(self.most - self.least, 1)
-        style = dashes(self.stacks.index(stack))
-        return {"color": self.shades(share), "linestyle": style, "linewidth": 0.7}
-
-    def key(self, axes: list[Any]) -> None:
-        """A legend of the names, or the scale of the blocks' numbers."""
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
-        from matplotlib.ticker import MaxNLocator
-        from matplotlib.transforms import ScaledTranslation
-
-        if self.named:
-            # Clear of the label of the axis, however high the axes are.
-            inches: Any = figure_of(axes[0]).dpi_scale_trans
-            below = axes[0].transAxes + ScaledTranslation(0, -28 / 72, inches)
-            axes[0].legend(
-                fontsize=FONT, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.0),
-                bbox_transform=below,
-            )  # fmt: skip
-            return
-        if self.most == self.least:
-            return
-        scale = ScalarMappable(Normalize(self.least, self.most), self.shades)
-        shared = axes if len(axes) > 1 else axes[0]
-        ticks = MaxNLocator(8, integer=True)
-        bar = axes[0].figure.colorbar(
-            scale, ax=shared, ticks=ticks, fraction=0.04, pad=0.02, aspect=40
-        )
-        bar.ax.tick_params(labelsize=FONT)
-        others = ", ".join(self.stacks[1:])
-        bar.set_label(f"block ({others}: broken lines)" if others else "block", fontsize=TITLE)
 
 
 def _curve(spectra: Spectra, name: str, quantity: str) -> tuple[FloatArray, FloatArray]:
@@ -191,16 +137,6 @@ def _unresolved(spectra: Spectra, name: str) -> float:
     most = max(float(values[0]), math.sqrt(left))
     left = left / most / most
     return left / (left + float(np.square(values / most).sum()))
-
-
-def _end(unresolved: float) -> dict[str, Any]:
-    """Keywords for an open circle at the end of a line, where energy is unresolved."""
-    if not unresolved:
-        return {}
-    return {
-        "marker": "o", "markevery": [-1], "markersize": 3.5, "markerfacecolor": "white",
-        "markeredgewidth": 0.7,
-    }  # fmt: skip
 
 
 def _panels(names: list[str]) -> dict[str, list[str]]:
@@ -241,10 +177,12 @@ def _outer(ax: Any, given: bool) -> tuple[bool, bool, bool]:
     return place.is_last_row(), not below, place.is_first_col()
 
 
-def _scales(ax: Any, quantity: str) -> None:
+def _scales(ax: Any, quantity: str, longest: int) -> None:
     from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
     ax.set_xscale("log")
+    if longest == 1:  # else ticks would go below rank 1
+        ax.set_xlim(0.9, max(ax.get_xlim()[1], 2.0))
     ax.xaxis.set_major_formatter(FormatStrFormatter("%d"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     if quantity == "captured":

@@ -71,6 +71,8 @@ def label(ax: Any, x: str = "", y: str = "", title: str = "") -> None:
     if title:
         ax.set_title(title, fontsize=TITLE)
     ax.tick_params(which="both", labelsize=FONT)
+    for axis in (ax.xaxis, ax.yaxis):  # a power of ten beside the ticks
+        axis.get_offset_text().set_fontsize(FONT)
 
 
 def percent_down(share: float) -> str:

@@ -1,6 +1,7 @@
 """Bars of a comparison: what is drawn where, read back from the figure."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,12 @@ def test_draws_the_values_into_given_axes():
     assert len(right.patches) == 3
     assert not left.patches
     assert len(figure.axes) == 2
+
+
+def test_what_is_no_comparison():
+    wrong: Any = {"uniform": 1.0}
+    with pytest.raises(ValueError, match="comparison: expected what compare returns, got"):
+        against_baselines(wrong)
 
 
 def test_no_rows():

@@ -114,6 +114,20 @@ def test_a_frontier_of_one_point_and_one_below_0():
             frontier(curve, share=False, target=0.5)
         upper = axes_of(frontier(curve, share=False))[0]
         np.testing.assert_array_equal(of(upper)["upper hull"].get_ydata(), curve.values)
+        one = len(curve) == 1
+        assert of(upper)["upper hull"].get_marker() == ("." if one else "None")
+
+
+def test_over_logarithmic_budgets_one_point_is_a_dot_and_a_knee_at_0_is_left_out():
+    upper, lower = axes_of(frontier(frontier_of({"q": [1.0]}), log=True))
+    assert legend(upper) == ["upper hull"]
+    assert [line.get_marker() for line in (*upper.lines, *lower.lines)] == [".", "."]
+    assert legend(axes_of(frontier(frontier_of({"q": [1.0]})))[0]) == ["upper hull", "knee: 0"]
+
+
+def test_budgets_have_whole_ticks():
+    upper, _ = axes_of(frontier(frontier_of({"q": [2.0, 1.0]})))
+    assert all(float(tick).is_integer() for tick in upper.get_xticks())
 
 
 def test_what_cannot_be_drawn():
@@ -123,6 +137,9 @@ def test_what_cannot_be_drawn():
         frontier({})
     wrong: Any = {"a": 3}
     with pytest.raises(ValueError, match="frontiers: 'a': expected a Frontier, got 3"):
+        frontier(wrong)
+    wrong = None
+    with pytest.raises(ValueError, match=r"frontiers: expected a Frontier or a .* got None"):
         frontier(wrong)
     for target in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="target: expected a share between 0 and 1"):

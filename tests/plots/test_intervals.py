@@ -18,14 +18,16 @@ ROWS = [
 
 
 def drawn(ax: Any) -> list[tuple[float, float, float, float, str]]:
-    """Of each row its height, mean, low, high and marker."""
+    """Of each row, from top to bottom, its height, mean, low, high and marker."""
     found: list[tuple[float, float, float, float, str]] = []
     for container in ax.containers:
         point, _, (bar,) = container.lines
-        (low, high) = bar.get_segments()[0][:, 0]
-        place = float(point.get_ydata()[0])
-        found.append((place, float(point.get_xdata()[0]), low, high, point.get_marker()))
-    return found
+        for place, mean, ends in zip(
+            point.get_ydata(), point.get_xdata(), bar.get_segments(), strict=True
+        ):
+            low, high = ends[:, 0].tolist()
+            found.append((float(place), float(mean), low, high, point.get_marker()))
+    return sorted(found)
 
 
 def test_means_and_intervals_by_groups():
@@ -87,6 +89,33 @@ def test_numbers_stand_beside_the_rows():
     assert not axes_of(intervals(ROWS, numbers=False))[0].child_axes
 
 
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (1e-20, "+2.00e-20  [+1.00e-20, +3.00e-20]"),
+        (1e-6, "+0.00000200  [+0.00000100, +0.00000300]"),
+        (1e5, "+200000  [+100000, +300000]"),
+        (1e100, "+2.00e+100  [+1.00e+100, +3.00e+100]"),
+    ],
+)
+def test_numbers_of_any_size_have_room(factor, said):
+    figure = intervals([("", "a", 2 * factor, factor, 3 * factor)])
+    figure.draw_without_rendering()
+    (side,) = axes_of(figure)[0].child_axes
+    assert [text.replace("\N{MINUS SIGN}", "-") for text in labels(side)] == [said]
+
+
+def test_of_many_rows_only_groups_are_labelled():
+    rows = [(f"group {k // 500}", f"a{k}", k * 1e-3, 0.0, 3.0) for k in range(1500)]
+    figure = intervals(rows)
+    assert figure.get_size_inches()[1] < 12
+    (ax,) = axes_of(figure)
+    assert labels(ax) == ["group 0", "group 1", "group 2"]
+    assert not ax.child_axes
+    assert [row[1:4] for row in drawn(ax)] == [pytest.approx(row[2:]) for row in rows]
+    assert len(ax.containers) == 1
+
+
 def test_labels_say_what_and_against_what():
     (ax,) = axes_of(intervals(ROWS, quantity="accuracy (points)", against="EVA", level=0.9))
     assert ax.get_xlabel() == "accuracy (points)\nagainst EVA, with 90 % interval"
@@ -116,6 +145,9 @@ def test_what_cannot_be_drawn():
     for bad in (("a", "b", 1.0), ("a", "b", 1.0, None, 2.0, 3.0), 7):
         with pytest.raises(ValueError, match=r"rows: row 0: expected \(group, label, mean"):
             intervals([bad])
+    bad = None
+    with pytest.raises(ValueError, match="rows: expected rows or a mapping of groups, got None"):
+        intervals(bad)
     nan = float("nan")
     for values in (
         (1.0, 2.0, 3.0),
@@ -123,6 +155,7 @@ def test_what_cannot_be_drawn():
         (nan, 0.0, 1.0),
         (1.0, nan, 2.0),
         (1, 0, 1e999),
+        (1, 0, 1e200),
     ):
         bad = {"a": {"b": values}}
         with pytest.raises(ValueError, match="rows: 'a b': expected finite low <= mean <= high"):

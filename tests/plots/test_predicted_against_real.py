@@ -90,6 +90,13 @@ def test_draws_into_given_axes():
     assert not left.lines
 
 
+def test_the_largest_and_smallest_numbers_are_drawn():
+    figure = predicted_against_real({"a": 1e150, "b": 1e-150}, {"a": 1e-300, "b": 1.0})
+    figure.draw_without_rendering()
+    figure = predicted_against_real({"a": 1e150, "b": -1e150}, {"a": 1.0, "b": 0.0})
+    figure.draw_without_rendering()
+
+
 def test_what_cannot_be_drawn():
     with pytest.raises(ValueError, match=r"real: layer '0\.q' is missing"):
         predicted_against_real({"0.q": 1.0}, {})
@@ -97,10 +104,16 @@ def test_what_cannot_be_drawn():
         predicted_against_real({}, {"0.q": 1.0})
     with pytest.raises(ValueError, match="predicted: expected at least one layer, got none"):
         predicted_against_real({}, {})
-    with pytest.raises(ValueError, match="real: layer 'a': expected a finite number, got nan"):
+    with pytest.raises(
+        ValueError, match=r"real: layer 'a': expected a finite .* at most 1e\+150, got nan"
+    ):
         predicted_against_real({"a": 1.0}, {"a": float("nan")})
     with pytest.raises(ValueError, match="log: expected a layer with both numbers above 0"):
         predicted_against_real({"a": 1.0}, {"a": -1.0}, log=True)
+    with pytest.raises(ValueError, match=r"layer 'a': expected .* at most 1e\+150, got -1e\+200"):
+        predicted_against_real({"a": -1e200}, {"a": 1.0})
     wrong: Any = [1.0]
+    with pytest.raises(ValueError, match="predicted: expected a mapping of layer name to number"):
+        predicted_against_real(wrong, {"a": 1.0})
     with pytest.raises(ValueError, match="real: expected a mapping of layer name to number"):
         predicted_against_real({"a": 1.0}, wrong)

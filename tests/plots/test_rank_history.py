@@ -176,6 +176,9 @@ class TestRankHistory:
         empty.record(0, {}, budget=0)
         with pytest.raises(ValueError, match="history: expected entries of layers"):
             rank_history(empty)
+        wrong: Any = None
+        with pytest.raises(ValueError, match="history: expected a RankHistory, got None"):
+            rank_history(wrong)
         with pytest.raises(ValueError, match="group: expected 'block', 'module' or a function"):
             rank_history(run(), group="blocks")
 

@@ -93,6 +93,7 @@ def test_a_layer_that_is_missing_is_crossed_out():
     assert meshes(left)[0].get_array().mask.tolist() == [[False, False], [False, True]]
     assert [[1.0, 1.5], [2.0, 0.5]] in crosses(left)
     assert len(crosses(left)) == 2  # and the head
+    np.testing.assert_allclose(crosses(left)[-1], [[0.0, 2.9], [2.0, 1.9]])
     assert len(crosses(right)) == 3
     assert bar.get_ylabel() == "rank (crossed out: no such layer)"
 
@@ -123,18 +124,18 @@ def test_many_experts_are_narrow_and_all_there():
 
 def test_layers_outside_the_grid_have_rows_of_their_own():
     ax = axes_of(rank_map({"0.q": 1, "0.v": 2, "embed": 3, "head": 0}))[0]
-    grid, embed, head = meshes(ax)
+    grid, alone = meshes(ax)
     np.testing.assert_array_equal(grid.get_array(), [[1, 2]])
-    assert (embed.get_array().tolist(), head.get_array().tolist()) == ([[3]], [[0]])
-    corners = embed.get_coordinates()
-    np.testing.assert_allclose(corners[:, 0, 1], [0.9, 1.9])
+    assert alone.get_array().tolist() == [[3], [0]]
+    corners = alone.get_coordinates()
+    np.testing.assert_allclose(corners[:, 0, 1], [0.9, 1.9, 2.9])
     np.testing.assert_allclose(corners[0, :, 0], [0.0, 2.0])
     assert labels(ax) == ["0", "embed", "head"]
 
 
 def test_names_without_any_number():
     ax = axes_of(rank_map({"embed": 3, "head": 12}))[0]
-    assert [mesh.get_array().tolist() for mesh in meshes(ax)] == [[[3]], [[12]]]
+    assert [mesh.get_array().tolist() for mesh in meshes(ax)] == [[[3], [12]]]
     assert labels(ax) == ["embed", "head"]
     assert ax.get_ylabel() == "layer"
     assert columns(ax) == []
@@ -146,6 +147,13 @@ def test_of_many_blocks_every_so_manieth_is_labelled():
     shown = labels(axes_of(figure)[0])
     assert shown[:2] == ["0", "4"]
     assert figure.get_size_inches()[1] < 10
+
+
+@pytest.mark.parametrize("name", ["layers.{}.q", "layer{}"])
+def test_edges_of_cells_are_left_out_where_they_would_hide_them(name):
+    for count, edged in ((20, True), (400, False)):
+        (mesh,) = meshes(axes_of(rank_map(ranks_of([name.format(k) for k in range(count)])))[0])
+        assert bool(len(mesh.get_edgecolor())) == edged
 
 
 @pytest.mark.parametrize("most", [4, 90])
@@ -189,6 +197,7 @@ def test_what_cannot_be_drawn():
         ({"a": {"0.q": 1}, "0.q": 1}, "ranks: expected ranks, or mappings .* got both"),
         ({"0.q": 1.5}, "ranks: layer '0.q'.*whole number"),
         ({"ours": {"0.q": -1}}, "ranks: ours: layer '0.q'.*whole number"),
+        ({"0.q": 10**30}, "ranks: layer '0.q': expected at most 9007199254740992, got 1000"),
         ([1, 2], "ranks: expected a mapping"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -47,3 +47,20 @@ class TestRegret:
             regret_by_round({})
         with pytest.raises(ValueError, match=r"'a': expected runs x rounds, got shape \(1, 1, 2\)"):
             regret_by_round({"a": np.zeros((1, 1, 2))})
+        wrong: Any
+        for wrong, message in (
+            (None, "regrets: expected a mapping of name to array, got None"),
+            ({"a": "x"}, "regrets: 'a': expected numbers, got 'x'"),
+            ({"a": [[1.0, 2.0], [1.0, math.nan]]}, "'a': expected finite .* nan in run 1, round 2"),
+            ({"a": [math.inf]}, "'a': expected finite numbers, got inf in run 0, round 1"),
+            ({"a": [-1.0, 0.0]}, "log: expected a mean regret above 0, got 0 at most"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                regret_by_round(wrong)
+        assert regret_by_round({"a": np.array([-1.0, 0.0])}, log=False).axes
+
+    def test_a_round_alone_is_a_dot(self):
+        for values in ([2.0], [-1.0, 2.0, -1.0]):
+            (ax,) = axes_of(regret_by_round({"a": np.array(values)}))
+            assert ax.lines[0].get_marker() == "."
+            assert min(min(line.get_ydata()) for line in ax.lines[1:]) > 0
