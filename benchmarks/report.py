@@ -11,7 +11,10 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 
-_PACKAGES = ("numpy", "scipy", "cvxpy", "clarabel", "ortools", "highspy", "pyscipopt", "torch")
+_PACKAGES = (
+    *("numpy", "scipy", "cvxpy", "clarabel", "ortools", "highspy", "pyscipopt"),
+    *("torch", "peft", "transformers"),
+)
 
 
 def machine(threads: int | str = 1) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Rule:
         fold: whether biases take up what the rest of a difference makes of the mean input. The
             inputs' moment is then the one about their mean, where a layer has a bias.
         refit: Newton steps on the singular values.
+        fisher: whose labels the gradients' moments are of, one of `moments.FISHERS`.
     """
 
     ranks: str
@@ -31,11 +32,13 @@ class Rule:
     damping: float = 0.1
     fold: bool = False
     refit: int = 0
+    fisher: str = "true"
 
     @property
     def label(self) -> str:
         """Short and unambiguous."""
         moments = f" @{self.where:g} damping {self.damping:g}"
+        moments += "" if self.fisher == "true" else f" {self.fisher}"
         plain = {self.ranks, self.cut} <= {"uniform", "plain"} and not self.fold
         refit = f" refit {self.refit}" if self.refit else ""
         fold = " folded" if self.fold else ""
@@ -54,7 +57,7 @@ class Cutter:
     def __init__(self, subject: Subject, calibration: int, seed: int = 0) -> None:
         self.subject, self._seed = subject, seed
         self._batches = subject.calibration(calibration, seed)
-        self._moments: dict[tuple[float, bool], dict[str, Moments]] = {}
+        self._moments: dict[tuple[float, str, bool], dict[str, Moments]] = {}
         self._factored: dict[tuple[object, ...], dict[str, Factored]] = {}
 
     def ranks(self, rule: Rule, rank: int) -> dict[str, int]:
@@ -76,7 +79,9 @@ class Cutter:
         wanted = sum(self.subject.costs[name] * rank for name, rank in ranks.items())
         if numbers != wanted:
             raise AssertionError(f"expected {wanted:,} parameters, got {numbers:,}")
-        means = {n: m.mean for n, m in self.moments(rule.where).items()} if rule.fold else None
+        means = None
+        if rule.fold:
+            means = {n: m.mean for n, m in self.moments(rule.where, rule.fisher).items()}
         if rule.refit:
             refitted(
                 self.subject, factors, self._batches, means=means, steps=rule.refit, seed=self._seed
@@ -87,10 +92,10 @@ class Cutter:
     def _in_norm(self, name: str, rule: Rule) -> dict[str, Factored]:
         norm = replace(NORMS[name], damping=rule.damping)
         curved = norm.right is not None or norm.left is not None
-        key = (name, rule.where, rule.damping, rule.fold) if curved else (name,)
+        key = (name, rule.where, rule.damping, rule.fold, rule.fisher) if curved else (name,)
         if key not in self._factored:
             every = {norm.right, norm.left} - {None, "inputs", "gradients"}
-            moments = self.moments(rule.where, bool(every)) if curved else {}
+            moments = self.moments(rule.where, rule.fisher, bool(every)) if curved else {}
             self._factored[key] = {
                 layer: Factored(
                     difference,
@@ -101,17 +106,20 @@ class Cutter:
             }
         return self._factored[key]
 
-    def moments(self, where: float, every: bool = False) -> dict[str, Moments]:
+    def moments(
+        self, where: float, fisher: str = "true", every: bool = False
+    ) -> dict[str, Moments]:
         """Of all layers, at base + where x difference; those of K-FAC, or every one."""
-        if (where, True) in self._moments:
-            return self._moments[where, True]
-        if (where, every) not in self._moments:
+        if (where, fisher, True) in self._moments:
+            return self._moments[where, fisher, True]
+        if (where, fisher, every) not in self._moments:
             self.subject.between(where)
-            self._moments[where, every] = layer_moments(
+            self._moments[where, fisher, every] = layer_moments(
                 self.subject.model,
                 self.subject.layers,
                 self._batches,
                 every=every,
+                fisher=fisher,
                 seed=self._seed,
             )
-        return self._moments[where, every]
+        return self._moments[where, fisher, every]

@@ -34,7 +34,7 @@ import torch
 from benchmarks.finetune.cutter import Cutter, Rule
 from benchmarks.finetune.fine_tunes import best_fine_tune
 from benchmarks.finetune.local_tasks import local_task
-from benchmarks.finetune.subject import Measured, Subject
+from benchmarks.finetune.subject import OTHERS, Measured, Subject
 from benchmarks.report import RESULTS, machine, markdown
 from lorambo_alloc.storage import replacing
 
@@ -92,9 +92,11 @@ FINAL: tuple[tuple[Rule, tuple[int, ...]], ...] = (
 
 
 def frames(subject: Subject) -> list[tuple[str, Measured]]:
-    """The tuned model, and the base's layers under the tuned rest."""
-    subject.between(1.0)
-    found = [("tuned", subject.measure())]
+    """The whole tuned model, the differences uncut, and none of them."""
+    found = [("tuned", subject.measure_tuned())]
+    if subject.others == "base":
+        subject.between(1.0)
+        found.append(("uncut", subject.measure()))
     subject.cut({})
     return [*found, ("rank 0", subject.measure())]
 
@@ -105,6 +107,7 @@ def row_of(
     """What the JSON holds of one cut."""
     return {
         "model": subject.task.name,
+        "others": subject.others,
         "kind": kind,
         "seed": seed,
         "label": label,
@@ -137,6 +140,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(
             {
                 "model": f"{row['model']} {row['kind']}",
+                "others": row["others"],
                 "rule": row["label"],
                 "uniform rank": str(row.get("uniform_rank", "-")),
                 "parameters": f"{row['budget']:,}" if "budget" in row else "-",
@@ -157,22 +161,27 @@ class Results:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path.is_file():
-            self.rows = json.loads(path.read_text())["rows"]
+            self._read()
+
+    def _read(self) -> None:
+        self.rows = json.loads(self.path.read_text())["rows"]
 
     def has(self, **key: Any) -> bool:
         """Whether there is a row of this key."""
         return any(all(row.get(k) == v for k, v in key.items()) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append, and write."""
+        """Append, and write; what another run has written since is kept."""
+        if self.path.is_file():
+            self._read()
         self.rows.append(row)
         content = {"machine": machine(), "default": asdict(DEFAULT), "rows": self.rows}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as out:
             out.write((json.dumps(content, indent=1) + "\n").encode())
         print(
-            f"{row['model']} {row['split']} {row['label']} rank {row.get('uniform_rank')}: "
-            f"loss {row['loss']:.4f}, KL {row['kl']:.4f}",
+            f"{row['model']} {row['split']} others {row['others']} {row['label']} "
+            f"rank {row.get('uniform_rank')}: loss {row['loss']:.4f}, KL {row['kl']:.4f}",
             flush=True,
         )
 
@@ -185,11 +194,19 @@ def run(
     split: str,
     rules: Sequence[tuple[Rule, Sequence[int]]],
     examples: int | None,
+    others: str = "base",
 ) -> None:
     """Measure what is missing of one model."""
     task = local_task(model)
     count = len(task.splits[split][:examples])
-    key = {"model": model, "kind": kind, "seed": seed, "split": split, "examples": count}
+    key = {
+        "model": model,
+        "kind": kind,
+        "seed": seed,
+        "split": split,
+        "examples": count,
+        "others": others,
+    }
     wanted = [
         (rule, rank)
         for rule, ranks in rules
@@ -199,7 +216,7 @@ def run(
     if not wanted:
         return
     tuned = best_fine_tune(task, kind, seed)
-    subject = Subject(task, tuned, split, examples)
+    subject = Subject(task, tuned, split, examples, others=others)
     if not results.has(**key, label="tuned"):
         for label, measured in frames(subject):
             results.add(
@@ -233,6 +250,7 @@ def run(
                 rule=asdict(rule),
                 uniform_rank=rank,
                 budget=budget,
+                beside=subject.beside,
                 ranks=ranks,
                 seconds=round(seconds, 1),
                 calibration=CALIBRATION[model],
@@ -248,6 +266,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--kinds", nargs="+", default=["full"], choices=("full", "lora"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--examples", type=int, help="of the split, its first ones; all by default")
+    parser.add_argument("--others", default="base", choices=OTHERS, help="tensors that no cut has")
     parser.add_argument("--output", type=Path, default=RESULTS / "finetune" / "extraction.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -256,7 +275,7 @@ def main(arguments: Sequence[str]) -> None:
     for model in options.models:
         for kind in options.kinds:
             for seed in options.seeds:
-                run(results, model, kind, seed, split, rules, options.examples)
+                run(results, model, kind, seed, split, rules, options.examples, options.others)
     print(table([row for row in results.rows if row["split"] == split]))
 
 

@@ -1,7 +1,8 @@
 """Second moments of inputs and of output gradients, from which the norms of a cut are made.
 
 With x a layer's inputs, g the gradients of the sum of the terms' losses with respect to its
-outputs (labels drawn from the model's own predictions: the true Fisher), G_n = sum_t g_t x_t^T the
+outputs (labels drawn from the model's own predictions: the true Fisher; or the given ones: the
+empirical Fisher), G_n = sum_t g_t x_t^T the
 gradient of sample n, T tokens and N terms:
 
 | name | moment |
@@ -31,6 +32,8 @@ import torch
 from benchmarks.finetune.task import Batch
 from lorambo_adapters.layers import TargetLayer
 
+FISHERS = ("true", "empirical")
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -55,17 +58,25 @@ def layer_moments(
     batches: Sequence[Batch],
     *,
     every: bool = True,
+    fisher: str = "true",
     seed: int = 0,
 ) -> dict[str, Moments]:
-    """One forward and one backward pass over the batches; labels in them are not looked at.
+    """One forward and one backward pass over the batches.
 
     Args:
         model: in evaluation mode; its predictions are over the last dimension of `logits`.
         layers: whose moments.
         batches: padding is what `attention_mask` leaves out.
         every: all moments; else those of K-FAC, which take a third of the time.
+        fisher: "true" draws labels from the predictions, and those in the batches are not looked
+            at; "empirical" takes those.
         seed: of the drawn labels.
+
+    Raises:
+        ValueError: another Fisher.
     """
+    if fisher not in FISHERS:
+        raise ValueError(f"fisher: expected one of {', '.join(FISHERS)}, got {fisher!r}")
     drawn = torch.Generator().manual_seed(seed)
     sums: dict[str, _Sums] = {}
     tokens = terms = 0
@@ -73,8 +84,13 @@ def layer_moments(
         for batch in batches:
             with torch.enable_grad():
                 logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-                logits = logits.float().flatten(0, -2)
-                labels = torch.multinomial(logits.detach().softmax(1), 1, generator=drawn)[:, 0]
+                if fisher == "true":
+                    logits = logits.float().flatten(0, -2)
+                    chances = logits.detach().softmax(1)
+                    labels = torch.multinomial(chances, 1, generator=drawn)[:, 0]
+                else:
+                    logits, labels = predicted(logits.float(), batch["labels"])
+                    logits, labels = logits.flatten(0, -2), labels.flatten()
                 torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[..., None]
             tokens += int(mask.sum())
@@ -124,6 +140,11 @@ class _Sums:
             self.sample_inputs.double() / terms,
             self.sample_gradients.double() / energy,
         )
+
+
+def predicted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and the labels that they are for: of a language model, the next tokens."""
+    return (logits[:, :-1], labels[:, 1:]) if logits.ndim == 3 else (logits, labels)
 
 
 @contextmanager

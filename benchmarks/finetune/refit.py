@@ -49,9 +49,7 @@ def refitted(
         damping: rho, relative to each singular value's own curvature.
         seed: of the draws.
     """
-    subject.between(1.0)
-    with torch.no_grad():
-        targets = [_log_probabilities(subject, batch) for batch in batches]
+    targets = subject.tuned_predictions(batches)
     drawn = torch.Generator().manual_seed(seed)
     found = dict(factors)
     for _ in range(steps):

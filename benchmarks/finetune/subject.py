@@ -13,6 +13,8 @@ from benchmarks.finetune.fine_tunes import FineTune, base_state
 from benchmarks.finetune.task import Batch, Task
 from lorambo_adapters.layers import find_layers
 
+OTHERS = ("base", "tuned")
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -39,28 +41,44 @@ class Measured:
 
 
 class Subject:
-    """The tuned model; only the weights of its adapted layers are changed.
+    """A fine-tuned model whose adapted layers are cut.
 
-    Embeddings, norms, biases and head are the tuned model's; a cut may change biases.
+    The head and the adapted layers' biases are always the tuned model's; a cut may change these
+    biases. All other tensors (embeddings, norms, other biases) are the tuned model's or the base's.
+    With the base's, a cut is what a PEFT adapter can hold: LoRA factors, `modules_to_save`, and
+    the biases of `bias="lora_only"`.
 
     Args:
         task: what the model is adapted to.
         tuned: the fine-tune.
         split: what is measured on.
         examples: of the split, its first ones; all by default.
+        others: whose tensors those are that no cut touches, "base" or "tuned".
 
     Attributes:
-        task: as given.
+        task, others: as given.
         layers: that are cut.
         costs: parameters of a rank, by layer.
         differences: tuned less base weight, by layer.
         examples: that are measured on.
+        beside: parameters of the head and of the layers' biases, the same in every cut.
+
+    Raises:
+        ValueError: other others.
     """
 
     def __init__(
-        self, task: Task, tuned: FineTune, split: str = "dev", examples: int | None = None
+        self,
+        task: Task,
+        tuned: FineTune,
+        split: str = "dev",
+        examples: int | None = None,
+        *,
+        others: str = "base",
     ) -> None:
-        self.task = task
+        if others not in OTHERS:
+            raise ValueError(f"others: expected one of {', '.join(OTHERS)}, got {others!r}")
+        self.task, self.others = task, others
         self.model: Any = task.model().eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -75,8 +93,15 @@ class Subject:
         self.examples = list(task.splits[split][:examples])
         lengths = [len(e[0]) if isinstance(e, tuple) else 0 for e in self.examples]
         self._order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-        self.between(1.0)
-        self._reference = list(self._log_probabilities())
+        tensors = tuned.state
+        beside = [n for n in tensors if _within(n, task.head)]
+        beside += [f"{n}.bias" for n, bias in self._bias.items() if bias is not None]
+        self.beside = sum(tensors[n].numel() for n in beside)
+        cut = {f"{n}.weight" for n in self.costs}
+        rest = [n for n in tensors if n not in cut and n not in beside] if others == "base" else []
+        self._others_tuned = {n: tensors[n] for n in rest}
+        self._others = {n: before[n] for n in rest}
+        self._reference = self.tuned_predictions(self._batches())
 
     def cut(
         self,
@@ -109,17 +134,29 @@ class Subject:
         return self._bias[name] is not None
 
     def between(self, share: float) -> None:
-        """Set the layers to base + share x difference: 1 is the tuned model."""
+        """Set the layers to base + share x difference: 1 is as they are in the tuned model."""
         self.cut({name: share * d for name, d in self.differences.items()})
+
+    def tuned_predictions(self, batches: Iterable[Batch]) -> list[torch.Tensor]:
+        """Log-probabilities by the whole tuned model; the layers are left as they are in it."""
+        self.between(1.0)
+        self.model.load_state_dict(self._others_tuned, strict=False)
+        found = [self._log_probabilities(batch) for batch in batches]
+        self.model.load_state_dict(self._others, strict=False)
+        return found
+
+    def measure_tuned(self) -> Measured:
+        """The whole tuned model, on all examples."""
+        return self._measured(self._reference)
 
     def measure(self) -> Measured:
         """The model as it is now, on all examples."""
+        return self._measured(self._log_probabilities(batch) for batch in self._batches())
+
+    def _measured(self, predictions: Iterable[torch.Tensor]) -> Measured:
         losses, divergences, right = [], [], []
-        for batch, now, then in zip(
-            self._batches(), self._log_probabilities(), self._reference, strict=True
-        ):
+        for batch, now, then in zip(self._batches(), predictions, self._reference, strict=True):
             labels = batch["labels"][:, 1:] if now.ndim == 3 else batch["labels"]
-            then = then.float()
             loss = -now.gather(-1, labels[..., None])[..., 0]
             kl = (then.exp() * (then - now)).sum(-1)
             losses.append(loss.reshape(len(now), -1).mean(1))
@@ -146,15 +183,19 @@ class Subject:
             yield self.task.batch([self.examples[i] for i in self._order[start : start + 16]])
 
     @torch.no_grad()
-    def _log_probabilities(self) -> Iterable[torch.Tensor]:
-        for batch in self._batches():
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            logits = self.model(**inputs).logits.float()
-            # A language model's last token predicts nothing that is known.
-            yield (logits[:, :-1] if logits.ndim == 3 else logits).log_softmax(-1)
+    def _log_probabilities(self, batch: Batch) -> torch.Tensor:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = self.model(**inputs).logits.float()
+        # A language model's last token predicts nothing that is known.
+        return (logits[:, :-1] if logits.ndim == 3 else logits).log_softmax(-1)
 
     def _ordered(self, parts: Sequence[torch.Tensor]) -> np.ndarray:
         values = torch.cat(list(parts)).numpy().astype(np.float32)
         ordered = np.empty_like(values)
         ordered[self._order] = values
         return ordered
+
+
+def _within(tensor: str, modules: Sequence[str]) -> bool:
+    """Whether a tensor belongs to a module of one of these names, as `modules_to_save` has it."""
+    return any(f".{module}." in f".{tensor}" for module in modules)
