@@ -35,9 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("task", choices=("minilm", "mpnet", "gemma"))
     run.add_argument("--stage", choices=("dev", "test"), required=True)
     run.add_argument("--arms", nargs="+", required=True)
-    run.add_argument("--budgets", type=int, nargs="+", help="uniform ranks (default: all)")
+    run.add_argument("--budgets", type=_positive, nargs="+", help="uniform ranks (default: all)")
     run.add_argument("--rates", type=float, nargs="+", help="default: the grid, or the chosen one")
     run.add_argument("--seeds", type=int, nargs="+", help="default: the stage's")
+    run.add_argument(
+        "--unsettled", action="store_true", help="test although dev wants more seeds or rates"
+    )
     run.add_argument("--minutes", type=float, help="begin no run after so many")
     report = commands.add_parser("report", help="tables of what has been run")
     report.add_argument("task", choices=("minilm", "mpnet", "gemma"))
@@ -54,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {"prepare": _prepare, "run": _run, "report": _report}[options.command](options)
     except (ImportError, ValueError, OSError, RuntimeError) as error:
         sys.exit(f"{parser.prog}: {error}")
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def _further(name: str, arguments: Sequence[str]) -> None:
@@ -73,30 +82,45 @@ def _prepare(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     import torch
 
+    from benchmarks.finetune.arms import arm_of
     from benchmarks.finetune.protocol import protocol
-    from benchmarks.finetune.report import chosen_rates
-    from benchmarks.finetune.runs import at_chosen_rates, execute, finished, grid
+    from benchmarks.finetune.report import chosen_rates, unsettled
+    from benchmarks.finetune.runs import at_chosen_rates, check_protocol, execute, finished, grid
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # other libraries' of their futures
     agreed = protocol(options.task)
     seeds = options.seeds or (agreed.dev_seeds if options.stage == "dev" else agreed.seeds)
     budgets = options.budgets or agreed.budgets
-    if options.stage == "dev" or options.rates:
+    for arm in options.arms:
+        arm_of(arm)
+    other = set(seeds) & set(agreed.seeds if options.stage == "dev" else agreed.dev_seeds)
+    if other:
+        raise ValueError(f"--seeds: {min(other)} is not one of the stage {options.stage}")
+    if options.stage == "test" and options.rates:
+        raise ValueError("--rates: expected none with the stage test, whose rates dev has chosen")
+    results = finished()
+    check_protocol(results, options.task, agreed.stamp)
+    if options.stage == "dev":
         rates = options.rates or agreed.rates
         runs = grid(options.task, options.arms, budgets, rates, seeds, options.stage)
     else:
-        runs = at_chosen_rates(options.task, options.arms, budgets, seeds, chosen_rates(finished()))
+        open_ = unsettled(results, options.task, options.arms, budgets, agreed.dev_seeds)
+        if open_ and not options.unsettled:
+            raise ValueError("; ".join(open_))
+        runs = at_chosen_rates(options.task, options.arms, budgets, seeds, chosen_rates(results))
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     count = execute(runs, until=until)
     print(f"{count} trained, {len(runs) - count} there or left")
 
 
 def _report(options: argparse.Namespace) -> None:
+    from benchmarks.finetune.protocol import protocol
     from benchmarks.finetune.report import dev_table, rows, table
-    from benchmarks.finetune.runs import finished
+    from benchmarks.finetune.runs import check_protocol, finished
 
     results = finished()
+    check_protocol(results, options.task, protocol(options.task).stamp)
     if options.stage == "dev":
         print(dev_table(results, options.task))
     else:

@@ -33,6 +33,8 @@ class Arm:
         online: the ranks follow the training.
         first: the share of the training after which an online arm moves ranks first; 0: at once.
         in_loss_units: the signal's values are, so that an online arm goes on from them.
+        informed: new ranks of an online arm begin along directions that the probe has found, which
+            no other arm's do; else at random, so that the ranks alone differ.
         trains: what is trained: "adapters" (and the head), "all" weights, or the "head" alone.
     """
 
@@ -42,6 +44,7 @@ class Arm:
     online: bool = False
     first: float = 0.0
     in_loss_units: bool = False
+    informed: bool = True
     trains: str = "adapters"
 
 
@@ -57,11 +60,13 @@ ARMS: dict[str, Arm] = {
     "start_warm": Arm(curves=signals.directions, warm=50),
     "short_run": Arm(curves=signals.short_run),
     "online": Arm(online=True),
+    "online_random": Arm(online=True, informed=False),
     "online_late": Arm(online=True, first=0.25),
     "both": Arm(curves=signals.directions, online=True, in_loss_units=True),
     "both_late": Arm(curves=signals.gradient, warm=50, online=True, first=0.25),
     "eva": Arm(ranks=signals.eva_ranks),
     "gora": Arm(ranks=signals.gora_ranks),
+    "gora_warm": Arm(ranks=signals.gora_ranks, warm=50),
     "adalora": Arm(ranks=adalora_ranks),
     "mlp_only": Arm(ranks=signals.mlp_ranks),
     "full": Arm(trains="all"),
@@ -91,13 +96,16 @@ def arm_of(name: str) -> Arm:
     """The arm of a name, that of a control being the one it is a control of.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it has no ranks that a control could permute.
     """
     kind, _, of = name.partition(":")
     base = of if kind in CONTROLS else name
     if base not in ARMS:
         raise ValueError(f"arm: expected one of {', '.join(ARMS)}, got {name!r}")
-    return ARMS[base]
+    arm = ARMS[base]
+    if base != name and (arm.online or (arm.curves is None and arm.ranks is None)):
+        raise ValueError(f"arm: expected a control of an arm with measured ranks, got {name!r}")
+    return arm
 
 
 def starting_ranks(

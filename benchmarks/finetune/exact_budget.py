@@ -26,7 +26,8 @@ def spend_exactly(
         budget: in the same unit.
 
     Raises:
-        ValueError: no ranks cost exactly the budget, or a layer has no cost.
+        ValueError: no ranks cost exactly the budget, a layer has no cost or one that is not
+            positive, or a value is not finite.
 
     Example:
         >>> spend_exactly({"q": [0, 5, 6], "v": [0, 4, 7]}, {"q": 2, "v": 3}, 7)
@@ -35,6 +36,11 @@ def spend_exactly(
     missing = [name for name in curves if name not in costs]
     if missing:
         raise ValueError(f"costs: expected one of layer {missing[0]!r}, got none")
+    for name, curve in curves.items():
+        if costs[name] < 1:
+            raise ValueError(f"costs: expected a positive one of {name!r}, got {costs[name]}")
+        if not np.isfinite(np.asarray(curve, dtype=np.float64)).all():
+            raise ValueError(f"curves: expected finite values of layer {name!r}, got others")
     unit = reduce(gcd, [costs[name] for name in curves], budget)
     size = budget // unit + 1
     best = np.full(size, -np.inf)
@@ -65,14 +71,15 @@ def nearest_exact(
 ) -> dict[str, int]:
     """The ranks nearest to the given ones that cost exactly the budget.
 
-    Nearest: the least sum of cost x |change|; of equal ones, the first found.
+    Nearest: the least sum of cost x |change|; of equal ones, that whose changes are most even.
 
     Raises:
         ValueError: as `spend_exactly`.
     """
     reach = {name: max(most, rank + 8) for name, rank in ranks.items()}
     curves = {
-        name: -costs[name] * np.abs(np.arange(reach[name] + 1) - rank)
+        name: -costs[name] * (change + 1e-6 * change**2)
         for name, rank in ranks.items()
+        for change in [np.abs(np.arange(reach[name] + 1) - rank)]
     }
     return spend_exactly(curves, costs, budget)

@@ -8,7 +8,9 @@ layer's first ranks. Where there is a head it is trained first, alone, and then 
 that all that is saved is the layer's doing. Layers are done one by one and written as they finish.
 
 Rank correlations (Spearman) are over layers; "per parameter" divides both by the cost of the ranks,
-which is what decides where a rank goes.
+which is what decides where a rank goes. It is above 0 even where the signal tells nothing, as both
+are divided by the same costs; "at one cost" is free of that: the mean of the correlations among
+layers of one cost, by their numbers.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ def measure(task: Task, options: argparse.Namespace, output: Path) -> dict[str, 
     agreed = protocol(task.name).settings
     keys = ("rank", "steps", "rate", "held_out", "every", "seed")
     settings = {key: getattr(options, key) for key in keys}
+    settings |= {"batch": agreed.batch, "measured": agreed.measured, "scale": agreed.scale}
     content: dict[str, Any] = {"settings": settings, "machine": machine(1)}
     if output.exists():
         content = json.loads(output.read_text(encoding="utf-8"))
@@ -115,10 +118,23 @@ def correlations(content: Mapping[str, Any]) -> str:
                 "layers": str(len(names)),
                 "correlation": f"{plain:.2f}",
                 "per parameter": f"{each:.2f}",
+                "at one cost": f"{_at_one_cost(predicted, saved, costs):.2f}",
                 "median predicted / saved": f"{ratio:.3g}",
             }
         )
     return markdown(table)
+
+
+def _at_one_cost(predicted: np.ndarray, saved: np.ndarray, costs: np.ndarray) -> float:
+    """The mean of Spearman's correlations among layers of one cost, by their numbers."""
+    from scipy.stats import spearmanr
+
+    groups = [costs == cost for cost in np.unique(costs)]
+    groups = [group for group in groups if group.sum() > 2]
+    if not groups:
+        return float("nan")
+    found = [spearmanr(predicted[group], saved[group]).statistic for group in groups]
+    return float(np.average(found, weights=[group.sum() for group in groups]))
 
 
 def _started(task: Task, seed: int, size: int) -> torch.nn.Module:
@@ -152,6 +168,7 @@ def _alone(
 ) -> float:
     """The held-out loss after training an adapter of this layer alone."""
     model = adapted(base, task, {layer.name: options.rank}, options.seed, agreed.scale)
+    torch.manual_seed(options.seed)  # the same dropout whatever has been done before
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     trained = [p for p in model.parameters() if p.requires_grad]

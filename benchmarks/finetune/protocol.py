@@ -41,7 +41,8 @@ def protocol(task: str, path: Path = FILE) -> Protocol:
     """The protocol of a task.
 
     Raises:
-        ValueError: the file has none for it, or an entry is missing or unknown.
+        ValueError: the file has none for it, an entry is missing or unknown, or a seed is of both
+            kinds.
     """
     whole = tomllib.loads(path.read_text(encoding="utf-8"))
     if task not in whole:
@@ -55,6 +56,11 @@ def protocol(task: str, path: Path = FILE) -> Protocol:
     for key in lists:
         if key not in entries:
             raise ValueError(f"{path.name}: [{task}]: expected {key!r}, got none")
+    both = sorted(set(entries["dev_seeds"]) & set(entries["seeds"]))
+    if both:
+        raise ValueError(
+            f"{path.name}: [{task}]: expected other seeds than the dev_seeds, got {both[0]} in both"
+        )
     settings = Settings(**{key: value for key, value in entries.items() if key in known})
     text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
     return Protocol(

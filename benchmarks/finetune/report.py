@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-from benchmarks.finetune.intervals import Interval, paired_interval
+from benchmarks.finetune.intervals import Interval, crossed_interval, paired_interval
 from benchmarks.finetune.runs import Run
 from benchmarks.finetune.training import losses_of
 from benchmarks.report import markdown
@@ -27,10 +28,12 @@ class Row:
         rank: the uniform rank whose cost is the budget.
         rate: the learning rate chosen on dev; of the test runs.
         seeds: of the test runs.
+        paired: how many of them the baseline has been run with too: those of the differences.
         parameters: of the adapters.
         loss: mean over seeds and examples.
         accuracy: likewise; None for language models.
         difference: of the loss to uniform ranks at the same budget; None for uniform itself.
+        crossed: the same with Student's interval (`crossed_interval`), which few seeds need.
         accuracy_difference: mean over the seeds.
         measuring: seconds before the training, and of the measurements within it.
         share: of the training's time that they are.
@@ -41,10 +44,12 @@ class Row:
     rank: int
     rate: float
     seeds: tuple[int, ...]
+    paired: int
     parameters: int
     loss: float
     accuracy: float | None
     difference: Interval | None
+    crossed: Interval | None
     accuracy_difference: float | None
     measuring: float
     share: float
@@ -53,7 +58,8 @@ class Row:
 def chosen_rates(results: Results) -> dict[tuple[str, str, int], float]:
     """By task, arm and budget, the rate of the lowest mean dev loss.
 
-    Only rates that all of the arm's dev seeds have been run at are compared.
+    Only rates that all of the arm's dev seeds have been run at are compared. A loss that is no
+    number is the worst.
     """
     losses: dict[tuple[str, str, int], dict[float, dict[int, float]]] = defaultdict(
         lambda: defaultdict(dict)
@@ -63,14 +69,39 @@ def chosen_rates(results: Results) -> dict[tuple[str, str, int], float]:
             losses[run.task, run.arm, run.rank][run.rate][run.seed] = result["loss"]
     chosen: dict[tuple[str, str, int], float] = {}
     for key, rates in losses.items():
-        most = max(len(seeds) for seeds in rates.values())
+        every = set[int]().union(*rates.values())
         means = {
-            rate: float(np.mean(list(seeds.values())))
+            rate: float(np.nan_to_num(np.mean(list(seeds.values())), nan=np.inf))
             for rate, seeds in rates.items()
-            if len(seeds) == most
+            if set(seeds) == every
         }
-        chosen[key] = min(means, key=lambda rate: means[rate])
+        if means:
+            chosen[key] = min(sorted(means), key=lambda rate: means[rate])
     return chosen
+
+
+def unsettled(
+    results: Results, task: str, arms: Iterable[str], ranks: Iterable[int], seeds: Iterable[int]
+) -> list[str]:
+    """What the protocol still wants on dev before an arm is tested: seeds, or rates further out."""
+    chosen, found = chosen_rates(results), list[str]()
+    for arm, rank in product(arms, ranks):
+        own = (task, arm, rank)
+        key = own if own in chosen else (task, arm.partition(":")[2], rank)
+        if key not in chosen:
+            continue
+        by_rate: dict[float, set[int]] = defaultdict(set)
+        for run in results:
+            if run.split == "dev" and (run.task, run.arm, run.rank) == key:
+                by_rate[run.rate].add(run.seed)
+        missing = sorted(set(seeds) - by_rate[chosen[key]])
+        where = f"{key[1]} at the budget of rank {rank}"
+        if missing:
+            found.append(f"{where}: expected a dev run with seed {missing[0]}, got none")
+        whole = [rate for rate, run in by_rate.items() if run >= by_rate[chosen[key]]]
+        if chosen[key] in (min(whole), max(whole)):
+            found.append(f"{where}: the chosen rate {chosen[key]:g} is an end of those run on dev")
+    return found
 
 
 def dev_table(results: Results, task: str) -> str:
@@ -80,6 +111,7 @@ def dev_table(results: Results, task: str) -> str:
         if run.task == task and run.split == "dev":
             cells[run.rank, run.arm][run.rate].append(result["loss"])
     rates = sorted({rate for found in cells.values() for rate in found})
+    chosen = chosen_rates(results)
     return markdown(
         [
             {
@@ -89,6 +121,7 @@ def dev_table(results: Results, task: str) -> str:
                     f"{rate:g}": " ".join(f"{loss:.4f}" for loss in found.get(rate, []))
                     for rate in rates
                 },
+                "chosen": f"{chosen[task, arm, rank]:g}" if (task, arm, rank) in chosen else "",
             }
             for (rank, arm), found in sorted(cells.items())
         ]
@@ -96,10 +129,20 @@ def dev_table(results: Results, task: str) -> str:
 
 
 def rows(results: Results, task: str, baseline: str = "uniform") -> list[Row]:
-    """The test runs of a task, an arm and budget a row, in pairs with the baseline's."""
+    """The test runs of a task, an arm and budget a row, in pairs with the baseline's.
+
+    Raises:
+        ValueError: an arm was tested at two rates at one budget.
+    """
     runs: dict[tuple[int, str], dict[int, tuple[Run, Mapping[str, Any]]]] = defaultdict(dict)
     for run, result in results.items():
         if run.task == task and run.split == "test":
+            other = next(iter(runs[run.rank, run.arm].values()), (run, result))[0]
+            if other.rate != run.rate:
+                raise ValueError(
+                    f"{run.path}: expected test runs at one rate, got {other.rate:g} and "
+                    f"{run.rate:g}"
+                )
             runs[run.rank, run.arm][run.seed] = (run, result)
     found: list[Row] = []
     for (rank, arm), by_seed in sorted(runs.items()):
@@ -108,7 +151,8 @@ def rows(results: Results, task: str, baseline: str = "uniform") -> list[Row]:
         measuring = float(np.mean([part["measure"] + (part["online"] or 0.0) for part in seconds]))
         training = float(np.mean([part["train"] - (part["online"] or 0.0) for part in seconds]))
         accuracies = [result["accuracy"] for _, result in values]
-        difference, gained = _against(by_seed, runs.get((rank, baseline), {}), arm == baseline)
+        against = {} if arm == baseline else runs.get((rank, baseline), {})
+        difference, crossed, gained = _against(by_seed, against)
         found.append(
             Row(
                 task,
@@ -116,10 +160,12 @@ def rows(results: Results, task: str, baseline: str = "uniform") -> list[Row]:
                 rank,
                 values[0][0].rate,
                 tuple(sorted(by_seed)),
+                len(set(by_seed) & set(against)),
                 values[0][1]["parameters"],
                 float(np.mean([result["loss"] for _, result in values])),
                 None if accuracies[0] is None else float(np.mean(accuracies)),
                 difference,
+                crossed,
                 gained,
                 measuring,
                 measuring / (measuring + training),
@@ -131,17 +177,16 @@ def rows(results: Results, task: str, baseline: str = "uniform") -> list[Row]:
 def _against(
     ours: Mapping[int, tuple[Run, Mapping[str, Any]]],
     theirs: Mapping[int, tuple[Run, Mapping[str, Any]]],
-    same: bool,
-) -> tuple[Interval | None, float | None]:
+) -> tuple[Interval | None, Interval | None, float | None]:
     seeds = sorted(set(ours) & set(theirs))
-    if same or not seeds:
-        return None, None
+    if not seeds:
+        return None, None, None
     pairs = [(ours[seed][1], theirs[seed][1]) for seed in seeds]
     matrix = np.array([losses_of(mine) - losses_of(other) for mine, other in pairs])
     gained = None
     if pairs[0][0]["accuracy"] is not None:
         gained = float(np.mean([mine["accuracy"] - other["accuracy"] for mine, other in pairs]))
-    return paired_interval(matrix), gained
+    return paired_interval(matrix), crossed_interval(matrix), gained
 
 
 def table(found: Sequence[Row]) -> str:
@@ -155,9 +200,10 @@ def table(found: Sequence[Row]) -> str:
                 "rate": f"{row.rate:g}",
                 "held-out loss": f"{row.loss:.4f}",
                 "less uniform's": _shown(row.difference),
+                "by Student's t": _shown(row.crossed),
                 "accuracy": "" if row.accuracy is None else f"{row.accuracy:.2%}",
                 "measuring": f"{row.measuring:.0f} s ({row.share:.0%})",
-                "seeds": str(len(row.seeds)),
+                "seeds (in pairs)": f"{len(row.seeds)} ({row.paired})",
             }
             for row in found
         ]
@@ -172,4 +218,11 @@ def _shown(interval: Interval | None) -> str:
 
 def as_json(found: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows as plain values."""
-    return [asdict(row) | {"difference": row.difference and list(row.difference)} for row in found]
+    return [
+        asdict(row)
+        | {
+            "difference": row.difference and list(row.difference),
+            "crossed": row.crossed and list(row.crossed),
+        }
+        for row in found
+    ]

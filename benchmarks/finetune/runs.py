@@ -1,15 +1,17 @@
 """The runs: one small file each, written when it is finished, so that any stop loses at most one.
 
-Several processes may work on the same runs: each run is claimed by a file that names its process,
-and claims of processes that are gone are taken over.
+Several processes may work on the same runs: each run is claimed by a lock on a file, which ends
+with its process, however that ends.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,20 @@ def finished(folder: Path = FOLDER) -> dict[Run, dict[str, Any]]:
     return found
 
 
+def check_protocol(results: Mapping[Run, Mapping[str, Any]], task: str, stamp: str) -> None:
+    """Refuse results of a task that are of another protocol: they would be compared with new ones.
+
+    Raises:
+        ValueError: a result's stamp is not this one.
+    """
+    for run, result in results.items():
+        if run.task == task and result["protocol"] != stamp:
+            raise ValueError(
+                f"{run.path}: expected a run of the protocol {stamp}, got one of "
+                f"{result['protocol']}; move the runs of the older protocol away"
+            )
+
+
 def execute(
     runs: Iterable[Run],
     folder: Path = FOLDER,
@@ -125,8 +141,10 @@ def execute(
     for run in runs:
         if until is not None and time.time() > until:
             break
-        with_claim = _claimed(folder / run.path)
-        for path in with_claim:
+        path = folder / run.path
+        with _claimed(path) as ours:
+            if not ours:
+                continue
             result = {"run": asdict(run), **(train or _train)(run, folder), "machine": machine(1)}
             with replacing(path) as file:
                 file.write(json.dumps(result).encode() + b"\n")
@@ -170,38 +188,24 @@ def _task(name: str, make: Any) -> Any:
     return _TASKS[name]
 
 
-def _claimed(path: Path) -> Iterator[Path]:
-    """The path, once, if nobody has it or works on it."""
+@contextmanager
+def _claimed(path: Path) -> Generator[bool]:
+    """Whether nobody has written the path, or works on it; nobody else can within."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    claim = path.with_suffix(".claim")
     if path.exists():
+        yield False
         return
-    try:
-        handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
+    claim = path.with_suffix(".claim")
+    with claim.open("a") as file:
         try:
-            owner = int(claim.read_text() or "0")
-        except (FileNotFoundError, ValueError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
             return
-        if owner == 0 or _alive(owner):
+        if not os.fstat(file.fileno()).st_nlink:  # its owner has just finished, or failed
+            yield False
             return
-        claim.unlink(missing_ok=True)
-        yield from _claimed(path)
-        return
-    with os.fdopen(handle, "w") as file:
-        file.write(str(os.getpid()))
-    try:
-        if not path.exists():
-            yield path
-    finally:
-        claim.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        try:
+            yield not path.exists()
+        finally:
+            claim.unlink(missing_ok=True)

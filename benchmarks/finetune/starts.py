@@ -23,7 +23,8 @@ def kept_start(run: Run, task: Task, settings: Settings, folder: Path) -> Start:
     """The ranks of a run's arm: read if they have been measured, else measured and written.
 
     Signals that train (a short run, AdaLoRA) do so at the lowest rate of the task's grid, so that
-    their ranks do not depend on the run's rate.
+    their ranks do not depend on the run's rate. A file tells what it was measured with; where that
+    was other settings, it is measured anew.
     """
     from benchmarks.finetune.protocol import protocol
 
@@ -40,7 +41,8 @@ def kept_start(run: Run, task: Task, settings: Settings, folder: Path) -> Start:
         return starting_ranks(run.arm, task, **options)
     name = f"{run.arm.replace(':', '-')}-b{run.rank}-s{run.seed}.json"
     path = folder / run.task / name
-    if not path.exists():
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if content.get("options") != options:
         path.parent.mkdir(parents=True, exist_ok=True)
         found = starting_ranks(run.arm, task, **options)
         curves = None
@@ -49,10 +51,14 @@ def kept_start(run: Run, task: Task, settings: Settings, folder: Path) -> Start:
                 layer: [float(f"{value:.{_DIGITS}g}") for value in curve[:33]]
                 for layer, curve in found.curves.items()
             }
-        content = {"ranks": found.ranks, "seconds": round(found.seconds, 2), "curves": curves}
+        content = {
+            "options": options,
+            "ranks": found.ranks,
+            "seconds": round(found.seconds, 2),
+            "curves": curves,
+        }
         with replacing(path) as file:
             file.write(json.dumps(content).encode() + b"\n")
-    content = json.loads(path.read_text(encoding="utf-8"))
     curves = content["curves"]
     return Start(
         content["ranks"],

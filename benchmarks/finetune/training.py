@@ -6,7 +6,7 @@ import base64
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -20,6 +20,7 @@ from lorambo_adapters.ranks.formats import to_peft
 from lorambo_adapters.ranks.mask import active_ranks
 from lorambo_adapters.ranks.resize import resize
 from lorambo_adapters.trainer import RankController, allocator_for
+from lorambo_adapters.training.probe import Measurement, RankProbe
 from lorambo_alloc import GainCurves, uniform_rank
 
 
@@ -73,6 +74,7 @@ def train(
 
     Returns:
         What became of it: `loss`, `accuracy` (or None), `losses` by example (float32, base64),
+        `right` by example (bits, base64; or None),
         `ranks`, `parameters`, `budget`, `seconds` by part, `train_losses` (means of tenths).
 
     Raises:
@@ -94,7 +96,9 @@ def train(
     rising = max(1, round(0.06 * settings.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min((step + 1) / rising, (settings.steps - step) / (settings.steps - rising)),
+        lambda step: min(
+            (step + 1) / rising, (settings.steps - step) / max(1, settings.steps - rising)
+        ),
     )
     controller = None
     if arm.online:
@@ -145,6 +149,16 @@ def losses_of(result: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(base64.b64decode(result["losses"]), dtype="<f4").astype(np.float64)
 
 
+def right_of(result: Mapping[str, Any]) -> np.ndarray:
+    """Which examples a result has right, in a task of answers."""
+    bits = np.frombuffer(base64.b64decode(result["right"]), dtype=np.uint8)
+    return np.unpackbits(bits, count=len(losses_of(result))).astype(bool)
+
+
+def _packed(right: np.ndarray) -> str:
+    return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+
 def _tenths(losses: Sequence[float]) -> list[float]:
     """Their means over tenths of the training."""
     parts = np.array_split(np.array(losses), min(10, len(losses)))
@@ -163,6 +177,7 @@ def _evaluated(task: Task, model: Any, split: str, settings: Settings) -> dict[s
         "loss": float(values.mean(dtype=np.float64)),
         "accuracy": None if scores.right is None else float(scores.right.double().mean()),
         "losses": base64.b64encode(values.tobytes()).decode(),
+        "right": None if scores.right is None else _packed(scores.right.cpu().numpy()),
     }
 
 
@@ -222,6 +237,16 @@ def _whole(base: torch.nn.Module, task: Task, trains: str) -> Any:
     return base
 
 
+class _Uninformed:
+    """A probe that keeps the directions it has found to itself: new ones are drawn at random."""
+
+    def __init__(self, probe: RankProbe) -> None:
+        self._probe = probe
+
+    def measure(self, batches: Sequence[Any], /) -> Measurement:
+        return replace(self._probe.measure(batches), directions={})
+
+
 def _controller(
     model: Any,
     optimizer: Any,
@@ -242,8 +267,16 @@ def _controller(
     )
     if start.curves is not None and arm.in_loss_units:
         allocator.observe(GainCurves(start.curves))
+    options: dict[str, Any] = {"ahead": max(8, 2 * rank), "seed": seed}
+    if not arm.informed:
+        options = {"probe": _Uninformed(RankProbe(model, **options))}
     return RankController(
-        model, optimizer, allocator, batches_per_probe=8, ahead=max(8, 2 * rank), seed=seed
+        model,
+        optimizer,
+        allocator,
+        batches_per_probe=8,
+        on_error="raise",  # where the ranks stay after an error, the arm is another one
+        **options,
     )
 
 

@@ -63,3 +63,10 @@ def test_ranks_that_cost_the_budget_stay():
 def test_a_layer_without_a_cost_is_named():
     with pytest.raises(ValueError, match="costs: expected one of layer 'v', got none"):
         spend_exactly({"q": [0, 1], "v": [0, 1]}, {"q": 1}, 1)
+
+
+def test_values_and_costs_that_are_no_use_are_named():
+    with pytest.raises(ValueError, match="curves: expected finite values of layer 'v'"):
+        spend_exactly({"q": [0, 1], "v": [0, np.nan]}, {"q": 1, "v": 1}, 1)
+    with pytest.raises(ValueError, match="costs: expected a positive one of 'v', got 0"):
+        spend_exactly({"q": [0, 1], "v": [0, 1]}, {"q": 1, "v": 0}, 1)

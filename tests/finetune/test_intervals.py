@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.finetune.intervals import paired_interval
+from benchmarks.finetune.intervals import crossed_interval, paired_interval
 
 
 def test_it_covers_the_true_mean_about_as_often_as_it_says():
@@ -41,3 +41,25 @@ def test_pairing_removes_what_is_common():
 def test_what_is_no_matrix_is_refused(bad):
     with pytest.raises(ValueError, match="differences: expected a finite matrix"):
         paired_interval(bad)
+
+
+@pytest.mark.parametrize("spread", [(1.0, 0.0, 0.1), (0.05, 1.0, 0.5), (0.0, 0.0, 1.0)])
+def test_three_seeds_are_enough_for_students_interval(spread):
+    of_seeds, of_examples, of_both = spread
+    generator = np.random.default_rng(0)
+    covered, trials = 0, 400
+    for _ in range(trials):
+        found = crossed_interval(
+            0.7
+            + generator.normal(0, of_seeds, (3, 1))
+            + generator.normal(0, of_examples, (1, 200))
+            + generator.normal(0, of_both, (3, 200))
+        )
+        assert found is not None
+        covered += found.low <= 0.7 <= found.high
+    assert 0.91 <= covered / trials <= 0.99
+
+
+def test_one_seed_has_no_students_interval_and_equal_differences_have_a_point():
+    assert crossed_interval([[1.0, 2.0]]) is None
+    assert crossed_interval(np.full((2, 3), 0.25)) == (0.25, 0.25, 0.25)

@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from benchmarks.finetune.report import chosen_rates, dev_table, rows, table
+from benchmarks.finetune.report import chosen_rates, dev_table, rows, table, unsettled
 from benchmarks.finetune.runs import Run
 
 
@@ -63,3 +63,51 @@ def test_budgets_are_compared_with_their_own_uniform_ranks():
         interval = found[rank, "a"]
         assert interval is not None
         assert interval.mean == pytest.approx(difference)
+
+
+def test_a_rate_that_diverged_is_not_chosen():
+    losses = {1e-3: np.nan, 2e-3: 0.5}
+    results = {Run("t", "a", 1, rate, 0, "dev"): result([loss]) for rate, loss in losses.items()}
+    assert chosen_rates(results) == {("t", "a", 1): 2e-3}
+
+
+def test_rates_are_compared_with_the_same_seeds():
+    results = {
+        Run("t", "a", 1, rate, seed, "dev"): result([loss])
+        for rate, seed, loss in [(1e-3, 0, 0.5), (1e-3, 1, 0.9), (2e-3, 0, 0.4), (2e-3, 2, 0.1)]
+    }
+    assert chosen_rates(results) == {}
+
+
+def test_what_dev_still_wants_is_told():
+    losses = {1e-3: 0.5, 2e-3: 0.4, 4e-3: 0.6}
+    results = {Run("t", "a", 1, rate, 7, "dev"): result([loss]) for rate, loss in losses.items()}
+    assert unsettled(results, "t", ["a"], [1], [7]) == []
+    (missing,) = unsettled(results, "t", ["shuffled:a"], [1], [7, 8])
+    assert missing == "a at the budget of rank 1: expected a dev run with seed 8, got none"
+    del results[Run("t", "a", 1, 4e-3, 7, "dev")]
+    (end,) = unsettled(results, "t", ["a"], [1], [7])
+    assert end.endswith("the chosen rate 0.002 is an end of those run on dev")
+
+
+def test_an_arm_that_was_tested_at_two_rates_is_refused():
+    results = {
+        Run("t", "a", 1, rate, seed, "test"): result([0.5, 0.6])
+        for rate, seed in [(1e-3, 0), (2e-3, 1)]
+    }
+    with pytest.raises(ValueError, match=r"expected test runs at one rate, got 0\.001 and 0\.002"):
+        rows(results, "t")
+
+
+def test_a_row_says_how_many_seeds_its_difference_is_of():
+    results = {
+        Run("t", arm, 1, 1e-3, seed, "test"): result(np.arange(4) + seed * (arm == "a"))
+        for arm, seeds in (("uniform", 2), ("a", 3))
+        for seed in range(seeds)
+    }
+    ours, _ = rows(results, "t")
+    assert (len(ours.seeds), ours.paired) == (3, 2)
+    assert ours.crossed is not None
+    assert ours.difference is not None
+    assert ours.crossed.low < ours.difference.low
+    assert "3 (2)" in table([ours])

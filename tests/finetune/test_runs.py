@@ -1,5 +1,6 @@
+import fcntl
 import json
-import os
+import warnings
 
 import pytest
 
@@ -7,8 +8,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 from benchmarks.finetune import runs  # noqa: E402
-from benchmarks.finetune.runs import Run, at_chosen_rates, execute, finished, grid  # noqa: E402
+from benchmarks.finetune.__main__ import main  # noqa: E402
+from benchmarks.finetune.protocol import FILE, protocol  # noqa: E402
+from benchmarks.finetune.runs import (  # noqa: E402
+    Run,
+    at_chosen_rates,
+    check_protocol,
+    execute,
+    finished,
+    grid,
+)
 
+AGREED = protocol("minilm").stamp
 RUN = Run("minilm", "shuffled:gradient", 1, 1e-3, 7, "dev")
 
 
@@ -39,11 +50,63 @@ def test_what_is_there_is_not_trained_again(tmp_path, trained):
 def test_a_run_that_another_process_works_on_is_passed_over(tmp_path, trained):
     claim = (tmp_path / RUN.path).with_suffix(".claim")
     claim.parent.mkdir(parents=True)
-    claim.write_text(str(os.getppid()))
-    assert execute([RUN], tmp_path) == 0
-    claim.write_text("4194305")  # no process has this number
+    with claim.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert execute([RUN], tmp_path) == 0
+    assert claim.exists()  # its owner is gone
     assert execute([RUN], tmp_path) == 1
     assert not claim.exists()
+
+
+def test_what_another_process_has_just_finished_is_not_trained_again(
+    tmp_path, trained, monkeypatch
+):
+    def slow(file, how, lock=fcntl.flock):  # the other finishes between opening and locking
+        (tmp_path / RUN.path).with_suffix(".claim").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(runs.fcntl, "flock", slow)
+    assert execute([RUN], tmp_path) == 0
+    assert not trained
+
+
+def test_results_of_another_protocol_are_refused():
+    check_protocol({RUN: {"protocol": "new"}}, "minilm", "new")
+    check_protocol({RUN: {"protocol": "old"}}, "mpnet", "new")
+    with pytest.raises(ValueError, match=r"s7\.json: expected a run of the protocol new, .* old;"):
+        check_protocol({RUN: {"protocol": "old"}}, "minilm", "new")
+
+
+def test_a_protocol_that_tests_with_a_dev_seed_is_refused(tmp_path):
+    text = FILE.read_text()
+    changed = text.replace("\nseeds = [0, ", "\nseeds = [100, ")
+    assert changed != text
+    (tmp_path / "p.toml").write_text(changed)
+    with pytest.raises(ValueError, match=r"\[minilm\]: expected other seeds .* got 100 in both"):
+        protocol("minilm", tmp_path / "p.toml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--stage", "test", "--arms", "uniform", "--rates", "1e-3"], "--rates: expected none"),
+        (["--stage", "test", "--arms", "uniform", "--seeds", "100"], "--seeds: 100 is not one"),
+        (["--stage", "dev", "--arms", "uniform", "--seeds", "0"], "--seeds: 0 is not one"),
+        (["--stage", "dev", "--arms", "uniform", "--budgets", "0"], "2"),
+        (["--stage", "dev", "--arms", "uniform", "unifrom"], "arm: expected one of"),
+        (["--stage", "test", "--arms", "uniform"], "1 is an end of those run on dev"),
+    ],
+)
+def test_what_the_protocol_forbids_is_not_begun(monkeypatch, options, message):
+    found = {
+        Run("minilm", "uniform", rank, 1.0, seed, "dev"): {"loss": 1.0, "protocol": AGREED}
+        for rank in (1, 2, 8)
+        for seed in (100, 101)
+    }
+    monkeypatch.setattr(runs, "finished", lambda: found)
+    monkeypatch.setattr(runs, "execute", lambda *_, **__: pytest.fail("begun"))
+    with pytest.raises(SystemExit, match=message), warnings.catch_warnings():
+        main(["run", "minilm", *options])
 
 
 def test_a_run_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):

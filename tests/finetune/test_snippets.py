@@ -1,5 +1,6 @@
 import pytest
 
+from benchmarks.finetune import sources
 from benchmarks.finetune.snippets import read
 
 
@@ -23,3 +24,17 @@ def test_another_line_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("1\t0.5\tfine\nno tabs here\n")
     with pytest.raises(ValueError, match=r"a\.txt:2: expected ID, rating and text, got 'no tabs"):
         read(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("rating", ["good", "nan"])
+def test_a_rating_that_is_no_number_is_named(tmp_path, rating):
+    (tmp_path / "a.txt").write_text(f"1\t0.5\tfine\n2\t{rating}\tfilm\n")
+    with pytest.raises(ValueError, match=rf"a\.txt:2: expected a number as rating, got '{rating}'"):
+        read(tmp_path / "a.txt")
+
+
+def test_gemma_asks_for_the_snippets_before_it_downloads(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAMBO_FINETUNE", str(tmp_path))
+    monkeypatch.setattr(sources, "_download", lambda *_: pytest.fail("downloaded"))
+    with pytest.raises(FileNotFoundError, match="prepare snippets"):
+        sources.prepare(["gemma"])

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -7,9 +8,13 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from benchmarks.finetune import protocol as protocols  # noqa: E402
+from benchmarks.finetune import starts, training  # noqa: E402
 from benchmarks.finetune.arms import ARMS, Start, control, starting_ranks  # noqa: E402
+from benchmarks.finetune.predicted import correlations  # noqa: E402
+from benchmarks.finetune.runs import Run  # noqa: E402
 from benchmarks.finetune.task import evaluate, shuffled  # noqa: E402
-from benchmarks.finetune.training import Settings, adapted, losses_of, train  # noqa: E402
+from benchmarks.finetune.training import Settings, adapted, losses_of, right_of, train  # noqa: E402
 from lorambo_adapters.layers import find_layers  # noqa: E402
 from tests.finetune.tiny_task import TinyTask  # noqa: E402
 
@@ -79,6 +84,9 @@ def test_a_run_repeats_to_the_bit_and_its_losses_are_of_the_split(task):
     assert first["train_losses"] == again["train_losses"]
     assert len(losses_of(first)) == len(task.splits["test"])
     assert losses_of(first).mean() == pytest.approx(first["loss"], rel=1e-6)
+    assert len(right_of(first)) == len(task.splits["test"])
+    assert right_of(first).mean() == first["accuracy"]
+    assert np.array_equal(right_of(first), losses_of(first) < np.log(2))
     assert run(task, "gradient", seed=1, split="test")["losses"] != first["losses"]
 
 
@@ -135,3 +143,70 @@ def test_controls_permute_ranks_among_layers_of_one_cost():
 def test_an_unknown_arm_is_refused(task):
     with pytest.raises(ValueError, match=r"arm: expected one of uniform, .*got 'best'"):
         starting_ranks("best", task, rank=1, seed=0, rate=1e-3, batches=1, size=8)
+
+
+@pytest.mark.parametrize("name", ["shuffled:online", "inverted:uniform", "shuffled:full"])
+def test_a_control_of_ranks_that_are_not_measured_is_refused(task, name):
+    with pytest.raises(ValueError, match="expected a control of an arm with measured ranks"):
+        starting_ranks(name, task, rank=1, seed=0, rate=1e-3, batches=1, size=8)
+
+
+def test_a_probe_that_fails_stops_an_online_arm(task, monkeypatch):
+    def broken(self, batches):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(training.RankProbe, "measure", broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(task, "online")
+
+
+def test_uninformed_ranks_begin_elsewhere_and_stay_within_the_budget(task):
+    informed, random = run(task, "online"), run(task, "online_random")
+    assert informed["history"]["ranks"][1] == random["history"]["ranks"][1]
+    assert informed["losses"] != random["losses"]
+
+
+def test_a_short_run_learns_more_ranks_than_uniform_has(task):
+    found = starting_ranks("short_run", task, rank=3, seed=0, rate=1e-2, batches=2, size=8)
+    assert max(found.ranks.values()) > 3
+
+
+def test_a_single_step_has_a_schedule(task):
+    start = Start(dict.fromkeys(costs_of(task), 1), None, 0.0)
+    settings = replace(SETTINGS, steps=1)
+    result = train(task, "uniform", start, rank=1, rate=1e-2, seed=0, settings=settings)
+    assert np.isfinite(result["loss"])
+
+
+def test_a_start_is_kept_for_the_settings_that_it_was_measured_with(task, tmp_path, monkeypatch):
+    agreed = replace(protocols.protocol("minilm"), rates=(1e-2, 2e-2))
+    monkeypatch.setattr(protocols, "protocol", lambda name: agreed)
+    seen = []
+
+    def measured(*given, **options):
+        seen.append(options)
+        return starting_ranks(*given, **options)
+
+    monkeypatch.setattr(starts, "starting_ranks", measured)
+    at, other = (Run("tiny", "gradient", 1, rate, 0, "dev") for rate in (1e-2, 2e-2))
+    first = starts.kept_start(at, task, SETTINGS, tmp_path)
+    assert starts.kept_start(other, task, SETTINGS, tmp_path).ranks == first.ranks
+    assert len(seen) == 1
+    starts.kept_start(at, task, replace(SETTINGS, batch=4, measured=9), tmp_path)
+    assert len(seen) == 2
+    assert (seen[1]["size"], seen[1]["batches"]) == (4, 9)
+
+
+def test_a_signal_that_tells_nothing_has_no_correlation_at_one_cost():
+    draw = np.random.default_rng(0)
+    names = [str(i) for i in range(900)]
+    content = {
+        "costs": {name: 768 if int(name) % 3 else 1920 for name in names},
+        "saved": dict(zip(names, draw.lognormal(0, 0.3, 900), strict=True)),
+        "predicted": {"noise": dict(zip(names, draw.lognormal(0, 0.3, 900), strict=True))},
+    }
+    cells = [cell.strip() for cell in correlations(content).splitlines()[-1].split("|")]
+    plain, each, at_one_cost = (float(cell) for cell in cells[3:6])
+    assert abs(plain) < 0.1
+    assert each > 0.4  # of the costs alone
+    assert abs(at_one_cost) < 0.1
