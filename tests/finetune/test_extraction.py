@@ -16,7 +16,7 @@ import torch
 from benchmarks.finetune import extraction
 from benchmarks.finetune.cuts import NORMS, Factored, best_ranks
 from benchmarks.finetune.fine_tunes import FineTune, base_state
-from benchmarks.finetune.moments import Moments, layer_moments
+from benchmarks.finetune.moments import Moments, layer_moments, predicted
 from benchmarks.finetune.refit import refitted
 from benchmarks.finetune.subject import Subject
 
@@ -29,6 +29,7 @@ class Tiny(torch.nn.Module):
         self.embedding = torch.nn.Embedding(20, 6)
         self.first = torch.nn.Linear(6, 8, bias=bias)
         self.second = torch.nn.Linear(8, 5, bias=bias)
+        self.norm = torch.nn.LayerNorm(5)
         self.head = torch.nn.Linear(5, 3)
 
     def get_input_embeddings(self) -> torch.nn.Embedding:
@@ -37,7 +38,7 @@ class Tiny(torch.nn.Module):
     def forward(self, input_ids: Any, attention_mask: Any) -> Any:
         hidden = self.second(torch.tanh(self.first(self.embedding(input_ids))))
         mask = attention_mask[..., None].float()
-        return SimpleNamespace(logits=self.head((hidden * mask).sum(1) / mask.sum(1)))
+        return SimpleNamespace(logits=self.head((self.norm(hidden) * mask).sum(1) / mask.sum(1)))
 
 
 class TinyTask:
@@ -74,9 +75,9 @@ def tuned(task: TinyTask, size: float = 0.8) -> FineTune:
     return FineTune(changed, {"seed": 0})
 
 
-def subject(bias: bool = True, size: float = 0.8) -> Subject:
-    task = TinyTask(bias)
-    return Subject(task, tuned(task, size))  # pyright: ignore[reportArgumentType]
+def subject(bias: bool = True, size: float = 0.8, others: str = "tuned") -> Subject:
+    task: Any = TinyTask(bias)
+    return Subject(task, tuned(task, size), others=others)
 
 
 def moments_of(shape: tuple[int, int], seed: int = 0) -> Moments:
@@ -116,6 +117,40 @@ def test_moments_are_those_of_sample_gradients() -> None:
     assert torch.allclose(found.inputs, rows.T @ rows / len(rows), atol=1e-6)
     assert torch.allclose(found.mean, rows.mean(0), atol=1e-6)
     assert torch.allclose(found.centred, torch.cov(rows.T, correction=0), atol=1e-6)
+
+
+def test_the_empirical_fisher_takes_the_given_labels() -> None:
+    found = subject()
+    batch = found.task.batch(found.task.splits["train"][:12])
+    moments = layer_moments(found.model, found.layers, [batch], every=False, fisher="empirical")
+    drawn = layer_moments(found.model, found.layers, [batch], every=False)
+    module = found.model.second
+    outputs: list[torch.Tensor] = []
+    handle = module.register_forward_hook(lambda *call: outputs.append(call[2]))
+    module.weight.requires_grad_(True)
+    logits = found.model(batch["input_ids"], batch["attention_mask"]).logits
+    handle.remove()
+    loss = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="sum")
+    slopes = torch.autograd.grad(loss, outputs[0])[0].flatten(0, 1).double()
+    assert torch.allclose(moments["second"].gradients, slopes.T @ slopes / 12, rtol=1e-4)
+    assert torch.allclose(moments["second"].inputs, drawn["second"].inputs)
+    assert not torch.allclose(moments["second"].gradients, drawn["second"].gradients, rtol=1e-2)
+
+
+def test_a_language_models_labels_are_the_next_tokens() -> None:
+    logits, labels = torch.randn(2, 4, 9), torch.arange(8).view(2, 4)
+    left, right = predicted(logits, labels)
+    assert left.shape == (2, 3, 9)
+    assert right.tolist() == [[1, 2, 3], [5, 6, 7]]
+    left, right = predicted(logits[:, 0], labels[:, 0])
+    assert left.shape == (2, 9)
+    assert right.tolist() == [0, 4]
+
+
+def test_another_fisher_is_refused() -> None:
+    found = subject()
+    with pytest.raises(ValueError, match="fisher: expected one of true, empirical, got 'mine'"):
+        layer_moments(found.model, found.layers, [], fisher="mine")
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -169,6 +204,39 @@ def test_the_tuned_model_is_its_own_reference() -> None:
     assert found.measure().means["kl"] == pytest.approx(0, abs=1e-6)
     found.cut({})
     assert found.measure().divergences.min() > 0
+
+
+def test_other_tensors_are_the_bases_unless_the_tuned_ones_are_asked_for() -> None:
+    task: Any = TinyTask()
+    after = tuned(task).state
+    before = base_state(task, 0)
+    of_base = {"embedding.weight", "norm.weight", "norm.bias"}
+    for others in ("base", "tuned"):
+        found = subject(others=others)
+        assert found.beside == 5 * 3 + 3 + 8 + 5
+        found.between(1.0)
+        for name, tensor in found.model.state_dict().items():
+            wanted = before if others == "base" and name in of_base else after
+            assert torch.allclose(tensor, wanted[name], atol=1e-6), name
+
+
+def test_the_reference_is_the_whole_tuned_model_whatever_the_others() -> None:
+    base, tuned_others = subject(others="base"), subject(others="tuned")
+    assert np.allclose(base.measure_tuned().losses, tuned_others.measure_tuned().losses)
+    batches = base.calibration(24, 0)
+    for ours, theirs in zip(
+        base.tuned_predictions(batches), tuned_others.tuned_predictions(batches), strict=True
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    tuned_others.between(1.0)
+    base.between(1.0)
+    assert tuned_others.measure().divergences.max() < 1e-5
+    assert base.measure().divergences.max() > 1e-2
+
+
+def test_other_others_are_refused() -> None:
+    with pytest.raises(ValueError, match="others: expected one of base, tuned, got 'mine'"):
+        subject(others="mine")
 
 
 def test_losses_are_in_the_order_of_the_examples() -> None:
@@ -230,6 +298,16 @@ def test_refitting_leaves_the_tuned_model_alone() -> None:
         assert torch.allclose(again[name][0] @ again[name][1].T, u @ v.T, atol=1e-3)
 
 
+def test_rows_of_another_run_are_kept(tmp_path: Any) -> None:
+    path = tmp_path / "extraction.json"
+    row = {"model": "minilm", "split": "dev", "others": "base", "loss": 1.0, "kl": 0.0}
+    ours, theirs = extraction.Results(path), extraction.Results(path)
+    ours.add({**row, "label": "a"})
+    theirs.add({**row, "label": "b"})
+    ours.add({**row, "label": "c"})
+    assert [each["label"] for each in json.loads(path.read_text())["rows"]] == ["a", "b", "c"]
+
+
 def test_runs_are_resumed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     task = TinyTask()
     made = []
@@ -246,9 +324,13 @@ def test_runs_are_resumed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     extraction.run(extraction.Results(path), "minilm", "full", 0, "dev", rules, None)
     extraction.run(extraction.Results(path), "minilm", "full", 0, "dev", rules, None)
     assert len(made) == 2
+    extraction.run(extraction.Results(path), "minilm", "full", 0, "dev", rules[:1], None, "tuned")
+    extraction.run(extraction.Results(path), "minilm", "full", 0, "dev", rules[:1], None, "tuned")
+    assert len(made) == 3
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == len(rules) + 2
-    assert len({row["label"] for row in rows}) == len(rows)
+    assert len(rows) == len(rules) + 3 + 1 + 2
+    assert len({(row["label"], row["others"]) for row in rows}) == len(rows)
+    assert [row["label"] for row in rows[:3]] == ["tuned", "uncut", "rank 0"]
     cuts = [row for row in rows if "budget" in row]
     assert {row["budget"] for row in cuts} == {6 + 8 + 8 + 5}
     mean, low, high = extraction.interval(cuts[0], cuts[1], draws=200)
