@@ -73,8 +73,9 @@ def callback_for(model, budget=None, *, mode: Any = "resize", period=PERIOD, **o
 
 
 def trainer_of(model, args, *callbacks, **options):
+    data: Any = sentences()  # a list will do
     return transformers.Trainer(
-        model, args, train_dataset=sentences(), callbacks=list(callbacks), **options
+        model, args, train_dataset=data, callbacks=list(callbacks), **options
     )
 
 
