@@ -298,6 +298,27 @@ def test_refitting_leaves_the_tuned_model_alone() -> None:
         assert torch.allclose(again[name][0] @ again[name][1].T, u @ v.T, atol=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_refitting_on_few_samples_never_moves_further_from_the_tuned_model(seed: int) -> None:
+    found = subject(size=1.0)
+    batches = found.calibration(3, seed)
+    targets = found.tuned_predictions(batches)
+    factors = {n: Factored(d, NORMS["plain"]).factors(1) for n, d in found.differences.items()}
+
+    def distance() -> float:
+        inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+        now = [found.model(**each).logits.log_softmax(-1) for each in inputs]
+        parts = [(t.exp() * (t - n)).sum() for t, n in zip(targets, now, strict=True)]
+        return float(torch.stack(parts).sum())
+
+    with torch.no_grad():
+        found.cut({name: u @ v.T for name, (u, v) in factors.items()})
+        before = distance()
+        # Next to no damping and one draw: whole steps would be wild.
+        refitted(found, factors, batches, draws=1, damping=1e-6, seed=seed)
+        assert distance() <= before * (1 + 1e-5)
+
+
 def test_rows_of_another_run_are_kept(tmp_path: Any) -> None:
     path = tmp_path / "extraction.json"
     row = {"model": "minilm", "split": "dev", "others": "base", "loss": 1.0, "kl": 0.0}
