@@ -200,7 +200,9 @@ def test_factors_are_what_their_formulas_say(kind):
         torch.testing.assert_close(fitted.sum(1), second.sum(1), rtol=1e-9, atol=1e-12)
         plain = torch.outer((basis_b.T @ b @ basis_b).diagonal(),
                             (basis_a.T @ a @ basis_a).diagonal())  # fmt: skip
-        assert divergence(second, fitted) <= divergence(second, plain.clamp(min=1e-30)) + 1e-12
+        # Where there is no curvature at all, rounding may leave either of them below 0.
+        fitted, plain = fitted.clamp(min=1e-30), plain.clamp(min=1e-30)
+        assert divergence(second, fitted) <= divergence(second, plain) + 1e-12
         assert float(right.trace()) == pytest.approx(float(a.trace()), rel=1e-10)
         off = basis_a.T @ right @ basis_a
         assert float((off - torch.diag(off.diagonal())).abs().max()) < 1e-10
