@@ -90,6 +90,23 @@ def test_a_run_repeats_to_the_bit_and_its_losses_are_of_the_split(task):
     assert run(task, "gradient", seed=1, split="test")["losses"] != first["losses"]
 
 
+def test_arms_see_the_same_batches_and_dropout_whatever_their_ranks(task):
+    even = dict.fromkeys(costs_of(task), 2)
+    # The two layers of an MLP cost the same, but their factors draw unequally many numbers.
+    wide = {n: 4 if "intermediate" in n else 2 for n in even}
+    uneven = {
+        n: 0 if n.endswith("output.dense") and "attention" not in n else wide[n] for n in wide
+    }
+    losses = []
+    for ranks in (even, uneven):
+        start = Start(ranks, None, 0.0)
+        # At this rate nothing is learnt, so that only batches and dropout can tell arms apart.
+        result = train(task, "gradient", start, rank=2, rate=1e-12, seed=0, settings=SETTINGS)
+        losses.append(result["train_losses"])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) > 1
+
+
 def test_layers_start_from_the_same_rows_whatever_their_rank(task):
     costs = costs_of(task)
     first, second = (dict.fromkeys(costs, rank) for rank in (2, 3))
