@@ -16,38 +16,10 @@ ranks and cuts.
 
 A rule (`Rule`) says in which norm ranks are chosen and in which the layers are cut (`cuts.NORMS`),
 where on the way from base to tuned model the moments are measured, and whether the singular values
-are fitted anew to the tuned model's predictions (`refit`). "search" runs all of `RULES` on dev;
-"test" runs `FINAL` once on test. Measured are the held-out loss, the accuracy, and how far the
-predictions are from the tuned model's: KL(tuned || cut).
-
-What holds when, on dev, with one fine-tune a model and others of the base (loss and KL; 64 windows
-of Gemma, 512 snippets of MiniLM; rank 1 unless said; intervals are 95 %, over examples alone):
-
-- Gemma (tuned 4.018, uncut 4.019, rank 0 4.536). Plain at ranks 1, 2, 4, 8: 4.118 / .309,
-  4.081 / .264, 4.015 / .183, 4.002 / .152. Frobenius ranks, plain cut: 4.105 / .309. The K-FAC cut
-  at the base, with ranks uniform, by K-FAC, by Frobenius: 4.066 / .266, 4.073 / .290, 4.055 / .266
-  with drawn labels (true Fisher), and 4.030 / .243, 4.025 / .243, 4.024 / .244 with the given ones
-  (empirical Fisher). The last is .009 above plain rank 4, interval -.000 to +.018, and its KL is
-  well above. The inputs' moment alone gives nothing (4.120), so it is the gradients' that helps.
-  Measured half way to the tuned model it helps less: 4.079 by K-FAC ranks, 4.046 by Frobenius.
-  Refitting the latter's singular values failed: 4.845 / .922 after three full steps on 32 windows,
-  fewer samples than the 126 values. No step is checked against the KL it should lower.
-- MiniLM (tuned .433, uncut .537, rank 0 .692): most of what a rank can win is lost before any cut,
-  with the embeddings and norms. Plain at ranks 1, 2, 4, 8: .627 / .258, .566 / .191, .549 / .173,
-  .544 / .167. Frobenius ranks: .606 / .240, and .586 / .217 folded. The K-FAC cut at the base,
-  folded: .609, .601, .597 by the same ranks as above, and both Fishers agree, since the slopes of
-  a loss of two classes at even odds have one size whatever the label. Unfolded it is worse than
-  plain (.648 at uniform ranks). Half way, folded, with K-FAC or Frobenius ranks and given labels:
-  .578 / .208 and .580 / .210. The first with its singular values refitted (three steps, no labels):
-  .520 / .114, below plain rank 4 by .029 (.009 to .051) and rank 8 by .024 (.003 to .045), and
-  below the uncut differences: the values make up for embeddings and norms that are not there.
-
-So a fold is what counts for one label of two; for a language model the gradients' moment at the
-base, with the labels, is worth nearly four times the parameters in loss, and about twice in KL.
-No one rule is worth four times on both models, and no claim is made for a third. `DEFAULT`,
-Frobenius ranks and the folded K-FAC cut half way with given labels, is worth (loss interpolated
-between plain ranks) 2.9 times the parameters on Gemma and 1.7 on MiniLM, and is ahead of all rules
-without curvature on both; at the base the same rule is worth 3.6 and 1.4.
+are fitted anew to the tuned model's predictions (`refit`). "search" runs all of `rules.RULES`
+on dev, or with `--final` those that go to test; "test" runs these once on test. Measured are the
+held-out loss, the accuracy, and how far the predictions are from the tuned model's:
+KL(tuned || cut).
 """
 
 from __future__ import annotations
@@ -67,67 +39,14 @@ import torch
 from benchmarks.finetune.cutter import Cutter, Rule
 from benchmarks.finetune.fine_tunes import best_fine_tune
 from benchmarks.finetune.local_tasks import local_task
+from benchmarks.finetune.rules import DEFAULT, FINAL, RULES
 from benchmarks.finetune.subject import OTHERS, Measured, Subject
 from benchmarks.report import RESULTS, machine, markdown
 from lorambo_alloc.storage import replacing
 
 MODELS = ("minilm", "mpnet", "gemma")
-CALIBRATION = {"minilm": 192, "mpnet": 192, "gemma": 48}
+CALIBRATION = {"minilm": 192, "mpnet": 192, "gemma": 64}
 """Examples of train that moments and refits see: snippets, or windows of 64 tokens."""
-
-
-PLAIN = Rule("uniform", "plain")
-ENERGY = Rule("plain", "plain")
-DEFAULT = Rule("plain", "kfac", where=0.5, fold=True, fisher="empirical")
-"""Of the rules tried on both, with others of the base, the one whose lesser gain is the largest."""
-
-_AT_BASE = tuple(
-    (Rule(ranks, "kfac", where=0.0, fold=True, fisher=fisher), (1, 2))
-    for fisher in ("empirical", "true")
-    for ranks in ("plain", "kfac", "uniform")
-)
-
-RULES: tuple[tuple[Rule, tuple[int, ...]], ...] = (
-    (PLAIN, (1, 2, 4, 8)),
-    (DEFAULT, (1, 2)),
-    *_AT_BASE,
-    (Rule("kfac", "kfac", fold=True), (1, 2)),
-    (Rule("kfac", "kfac", fold=True, refit=3), (1, 2)),
-    (Rule("uniform", "plain", fold=True, refit=3), (1, 2)),
-    (ENERGY, (1, 2)),
-    (Rule("kfac", "kfac"), (1,)),
-    (Rule("shampoo", "shampoo", fold=True), (1,)),
-    (Rule("shampoo", "shampoo", fold=True, refit=3), (1,)),
-    (Rule("uniform", "plain", fold=True), (1,)),
-    (Rule("plain", "plain", fold=True), (1,)),
-    (Rule("plain", "plain", fold=True, refit=3), (1,)),
-    (Rule("kfac", "plain", fold=True, refit=3), (1,)),
-    (Rule("uniform", "kfac", fold=True, refit=3), (1,)),
-    (Rule("uniform", "kfac", fold=True), (1,)),
-    (Rule("kfac", "kfac", fold=True, fisher="empirical"), (1,)),
-    (Rule("kfac", "kfac", where=1.0, fold=True), (1,)),
-    (Rule("kfac", "kfac", damping=0.01, fold=True), (1,)),
-    (Rule("kfac", "kfac", damping=1.0, fold=True), (1,)),
-    (Rule("input", "input", fold=True), (1,)),
-    (Rule("kfac_weighted", "kfac_weighted", fold=True), (1,)),
-    (Rule("kfac", "plain"), (1,)),
-    (Rule("uniform", "kfac"), (1,)),
-    (Rule("shampoo", "shampoo"), (1,)),
-    (Rule("input", "input"), (1,)),
-    (Rule("input", "plain"), (1,)),
-    (Rule("weighted", "weighted"), (1,)),
-    (Rule("gradient", "gradient"), (1,)),
-)
-"""What is searched on dev, with the uniform ranks; the most telling first."""
-
-FINAL: tuple[tuple[Rule, tuple[int, ...]], ...] = (
-    (PLAIN, (1, 2, 4, 8, 16)),
-    (DEFAULT, (1, 2, 4)),
-    (ENERGY, (1, 2, 4)),
-    (Rule("uniform", "plain", fold=True, refit=3), (1, 2, 4)),
-    (Rule("kfac", "kfac", fold=True), (1, 2, 4)),
-)
-"""What is measured on test, once."""
 
 
 def frames(subject: Subject) -> list[tuple[str, Measured]]:
@@ -306,11 +225,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--examples", type=int, help="of the split, its first ones; all by default")
     parser.add_argument("--others", default="base", choices=OTHERS, help="tensors that no cut has")
+    parser.add_argument("--final", action="store_true", help="search: only the rules of the test")
     parser.add_argument("--output", type=Path, default=RESULTS / "finetune" / "extraction.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results = Results(options.output)
-    split, rules = ("dev", RULES) if options.stage == "search" else ("test", FINAL)
+    split = "dev" if options.stage == "search" else "test"
+    rules = FINAL if options.final or split == "test" else RULES
     for model in options.models:
         for kind in options.kinds:
             for seed in options.seeds:

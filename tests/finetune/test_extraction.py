@@ -18,6 +18,7 @@ from benchmarks.finetune.cuts import NORMS, Factored, best_ranks
 from benchmarks.finetune.fine_tunes import FineTune, base_state
 from benchmarks.finetune.moments import Moments, layer_moments, predicted
 from benchmarks.finetune.refit import refitted
+from benchmarks.finetune.rules import RULES
 from benchmarks.finetune.subject import Subject
 
 
@@ -340,7 +341,7 @@ def test_runs_are_resumed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(extraction, "local_task", lambda _: task)
     monkeypatch.setattr(extraction, "best_fine_tune", best)
     path = tmp_path / "extraction.json"
-    rules = [(rule, (1,)) for rule, _ in extraction.RULES]
+    rules = [(rule, (1,)) for rule, _ in RULES]
     extraction.run(extraction.Results(path), "minilm", "full", 0, "dev", rules[:3], None)
     extraction.run(extraction.Results(path), "minilm", "full", 0, "dev", rules, None)
     extraction.run(extraction.Results(path), "minilm", "full", 0, "dev", rules, None)
