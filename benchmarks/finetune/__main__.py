@@ -16,6 +16,7 @@ from collections.abc import Sequence
 FURTHER = {
     "predicted": "what signals foretell of each layer, against what it saves alone",
     "extraction": "fine-tuned models cut to adapters at equal parameters",
+    "summary": "one file and pictures of all that was tested",
     "quality": "captured gain of ours and others' rules on the models' spectra",
     "paper": "the settings of the paper, with models and data from the hub",
 }

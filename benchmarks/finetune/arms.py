@@ -23,6 +23,32 @@ from lorambo_adapters.layers import find_layers
 
 
 @dataclass(frozen=True)
+class Online:
+    """How ranks follow the training.
+
+    Attributes:
+        first: the share of the training after which ranks are moved first; 0: after a period.
+        periods: how many of the task's periods lie between two probes.
+        batches: that a probe takes, half of them to find directions.
+        whole: whether it takes all of their samples, else half of them.
+        informed: new ranks begin along directions that the probe has found, which no other arm's
+            do; else at random, so that the ranks alone differ.
+        tangent: ranks that are there are also worth what they can still learn (`RankProbe`).
+    """
+
+    first: float = 0.0
+    periods: int = 1
+    batches: int = 8
+    whole: bool = False
+    informed: bool = True
+    tangent: bool = False
+
+
+CAREFUL = Online(first=0.25, periods=3, batches=32, whole=True, tangent=True)
+"""Few moves, each measured on as many samples as the signals before the training."""
+
+
+@dataclass(frozen=True)
 class Arm:
     """One way to choose ranks.
 
@@ -30,21 +56,16 @@ class Arm:
         curves: a signal whose best ranks are taken, exactly.
         ranks: a rule's own ranks, moved as little as spending the budget exactly takes.
         warm: steps that the head is trained for, in a copy, before anything is measured.
-        online: the ranks follow the training.
-        first: the share of the training after which an online arm moves ranks first; 0: at once.
+        online: whether and how the ranks follow the training.
         in_loss_units: the signal's values are, so that an online arm goes on from them.
-        informed: new ranks of an online arm begin along directions that the probe has found, which
-            no other arm's do; else at random, so that the ranks alone differ.
         trains: what is trained: "adapters" (and the head), "all" weights, or the "head" alone.
     """
 
     curves: Callable[[Measuring], Curves] | None = None
     ranks: Callable[[Measuring], dict[str, int]] | None = None
     warm: int = 0
-    online: bool = False
-    first: float = 0.0
+    online: Online | None = None
     in_loss_units: bool = False
-    informed: bool = True
     trains: str = "adapters"
 
 
@@ -59,11 +80,15 @@ ARMS: dict[str, Arm] = {
     "start": Arm(curves=signals.directions),
     "start_warm": Arm(curves=signals.directions, warm=50),
     "short_run": Arm(curves=signals.short_run),
-    "online": Arm(online=True),
-    "online_random": Arm(online=True, informed=False),
-    "online_late": Arm(online=True, first=0.25),
-    "both": Arm(curves=signals.directions, online=True, in_loss_units=True),
-    "both_late": Arm(curves=signals.gradient, warm=50, online=True, first=0.25),
+    "online": Arm(online=Online()),
+    "online_random": Arm(online=Online(informed=False)),
+    "online_late": Arm(online=Online(first=0.25)),
+    "online_tangent": Arm(online=Online(tangent=True)),
+    "online_careful": Arm(online=CAREFUL),
+    "both": Arm(curves=signals.directions, online=Online(), in_loss_units=True),
+    "both_late": Arm(curves=signals.gradient, warm=50, online=Online(first=0.25)),
+    "both_tangent": Arm(curves=signals.gradient, warm=50, online=Online(first=0.25, tangent=True)),
+    "both_careful": Arm(curves=signals.gradient, warm=50, online=CAREFUL),
     "eva": Arm(ranks=signals.eva_ranks),
     "gora": Arm(ranks=signals.gora_ranks),
     "gora_warm": Arm(ranks=signals.gora_ranks, warm=50),

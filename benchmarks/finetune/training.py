@@ -87,7 +87,9 @@ def train(
     costs = {layer.name: sum(layer.shape) for layer in find_layers(base, task.targets)}
     budget = rank * sum(costs.values())
     if arm.trains == "adapters":
-        model = adapted(base, task, start.ranks, seed, settings.scale, moving=arm.online)
+        model = adapted(
+            base, task, start.ranks, seed, settings.scale, moving=arm.online is not None
+        )
     else:
         model = _whole(base, task, arm.trains)
     model.train()
@@ -121,7 +123,7 @@ def train(
     trained_in = time.perf_counter() - begun
     ranks = dict(start.ranks)
     if arm.trains == "adapters":
-        ranks = _spent(model, costs, budget, exactly=not arm.online)
+        ranks = _spent(model, costs, budget, exactly=arm.online is None)
     result: dict[str, Any] = {
         "ranks": ranks if arm.trains == "adapters" else None,
         "budget": budget,
@@ -256,25 +258,28 @@ def _controller(
     seed: int,
     settings: Settings,
 ) -> RankController:
+    online = arm.online
+    assert online is not None
     allocator = allocator_for(
         model,
         uniform_rank(rank),
-        warmup=max(settings.period, round(arm.first * settings.steps)),
-        period=settings.period,
+        warmup=max(settings.period, round(online.first * settings.steps)),
+        period=online.periods * settings.period,
         freeze=max(1, settings.steps * 3 // 5),
         switching_share=0.1,
         max_rank=max(64, 4 * rank),
     )
     if start.curves is not None and arm.in_loss_units:
         allocator.observe(GainCurves(start.curves))
-    options: dict[str, Any] = {"ahead": max(8, 2 * rank), "seed": seed}
-    if not arm.informed:
+    options: dict[str, Any] = {"ahead": max(8, 2 * rank), "seed": seed, "tangent": online.tangent}
+    if not online.informed:
         options = {"probe": _Uninformed(RankProbe(model, **options))}
     return RankController(
         model,
         optimizer,
         allocator,
-        batches_per_probe=8,
+        batches_per_probe=online.batches,
+        samples_per_batch=None if online.whole else "half",
         on_error="raise",  # where the ranks stay after an error, the arm is another one
         **options,
     )

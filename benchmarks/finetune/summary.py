@@ -1,0 +1,175 @@
+"""What all runs come to, in one small file and pictures: what README and notebook show.
+
+    python -m benchmarks.finetune summary
+
+Reads `results/finetune/runs` (training, test alone) and `results/finetune/extraction.json` (cuts,
+test alone), and writes `results/finetune/summary.json`, and pictures beside it: `training.png`,
+`extraction.png` and `ranks_TASK.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.finetune.intervals import paired_interval
+from benchmarks.finetune.protocol import protocol
+from benchmarks.finetune.report import Results, rows
+from benchmarks.finetune.rules import DEFAULT, ENERGY, FIT_ALONE, PLAIN, UNFITTED
+from benchmarks.finetune.runs import check_protocol, finished
+from benchmarks.report import RESULTS
+from lorambo_alloc.storage import replacing
+
+TASKS = ("minilm", "mpnet", "gemma")
+BASELINES = ("uniform", "mlp_only")
+MODELS = {"minilm": "MiniLM", "mpnet": "MPNet", "gemma": "Gemma 3 270M"}
+RULES = {
+    PLAIN.label: "plain, uniform ranks",
+    ENERGY.label: "plain, best ranks",
+    UNFITTED.label: "K-FAC cut, best ranks, folded",
+    DEFAULT.label: "the same, refitted (default)",
+    FIT_ALONE.label: "plain, uniform ranks, folded and refitted",
+}
+"""What readers call the rules that are tested."""
+
+
+def training(results: Results) -> dict[str, Any]:
+    """By task and baseline, the rows of `report.rows` as what JSON can hold."""
+    found: dict[str, Any] = {}
+    for task in TASKS:
+        check_protocol(results, task, protocol(task).stamp)
+        found[task] = {
+            baseline: [asdict(row) for row in rows(results, task, baseline)]
+            for baseline in BASELINES
+        }
+    return found
+
+
+def first_ranks(results: Results) -> dict[str, dict[str, dict[str, int]]]:
+    """By task and arm, the ranks of the first test run at the tightest budget."""
+    found: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
+    for run, result in sorted(results.items(), key=lambda item: (item[0].rank, item[0])):
+        if run.split == "test" and result["ranks"] is not None and run.arm != "uniform":
+            found[run.task].setdefault(run.arm, result["ranks"])
+    return found
+
+
+def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over fine-tunes of the test cuts, and paired differences to plain truncation.
+
+    An interval is a bootstrap of examples and, where there are several, of fine-tunes.
+    """
+    cuts: dict[tuple[str, str, str, int | None], dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    for row in content:
+        if row["split"] == "test" and row["others"] == "base":
+            key = (row["model"], row["kind"], row["label"], row.get("uniform_rank"))
+            cuts[key][row["seed"]] = row
+    means: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    for (model, kind, label, rank), by_seed in cuts.items():
+        found = list(by_seed.values())
+        means.append(
+            {
+                "model": model,
+                "kind": kind,
+                "label": label,
+                "rank": rank,
+                "parameters": found[0].get("budget"),
+                "fine_tunes": len(found),
+                "examples": found[0]["examples"],
+                **{key: _mean(found, key) for key in ("loss", "accuracy", "kl", "seconds")},
+            }
+        )
+        if rank is None or label == PLAIN.label:
+            continue
+        for other in (1, 2, 4, 8):
+            plain = cuts.get((model, kind, PLAIN.label, other), {})
+            seeds = sorted(set(by_seed) & set(plain))
+            if seeds:
+                matrix = np.array([_losses(by_seed[s]) - _losses(plain[s]) for s in seeds])
+                pairs.append(
+                    {
+                        "model": model,
+                        "kind": kind,
+                        "label": label,
+                        "rank": rank,
+                        "plain_rank": other,
+                        "fine_tunes": len(seeds),
+                        "difference": list(paired_interval(matrix)),
+                    }
+                )
+    return {"means": means, "pairs": pairs}
+
+
+def pictures(summary: Mapping[str, Any], folder: Path) -> None:
+    """Intervals of both comparisons, and the rank maps at the tightest budget."""
+    from lorambo_alloc.plots import intervals, rank_map
+
+    shown = [
+        (
+            f"{MODELS[task]}, budget of rank {row['rank']}",
+            row["arm"],
+            *row["difference"],
+        )
+        for task, by_baseline in summary["training"].items()
+        for row in by_baseline["uniform"]
+        if row["difference"] is not None
+    ]
+    if shown:
+        _save(intervals(shown, against="uniform ranks"), folder / "training.png")
+    cuts = [
+        (
+            f"{MODELS[pair['model']]}, {_SOURCES[pair['kind']]}: rank 1 less plain rank 4",
+            RULES.get(pair["label"], pair["label"]),
+            *pair["difference"],
+        )
+        for pair in summary["extraction"]["pairs"]
+        if (pair["rank"], pair["plain_rank"]) == (1, 4)
+    ]
+    if cuts:
+        _save(intervals(cuts, against="plain truncation at rank 4"), folder / "extraction.png")
+    for task, arms in summary["ranks"].items():
+        _save(rank_map(arms), folder / f"ranks_{task}.png")
+
+
+_SOURCES = {"full": "full fine-tune", "lora": "LoRA of rank 16"}
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path) as out:
+        figure.savefig(out, format="png", dpi=150)
+
+
+def _mean(found: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [row.get(key) for row in found]
+    return None if None in values else float(np.mean([float(v) for v in values if v is not None]))
+
+
+def _losses(row: Mapping[str, Any]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(row["losses"]), "<f4").astype(np.float64)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the summary and the pictures."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune summary")
+    parser.add_argument("--output", type=Path, default=RESULTS / "finetune" / "summary.json")
+    options = parser.parse_args(arguments)
+    results = finished()
+    cuts = RESULTS / "finetune" / "extraction.json"
+    summary = {
+        "training": training(results),
+        "ranks": first_ranks(results),
+        "extraction": extraction(json.loads(cuts.read_text(encoding="utf-8"))["rows"]),
+    }
+    with replacing(options.output) as out:
+        out.write((json.dumps(summary, indent=1) + "\n").encode())
+    pictures(summary, options.output.parent)
+    print(f"{options.output}: written, with its pictures beside it")
