@@ -6,7 +6,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -34,6 +34,7 @@ class Online:
         informed: new ranks begin along directions that the probe has found, which no other arm's
             do; else at random, so that the ranks alone differ.
         tangent: ranks that are there are also worth what they can still learn (`RankProbe`).
+        most: ranks that move at once; None: any number.
     """
 
     first: float = 0.0
@@ -42,7 +43,11 @@ class Online:
     whole: bool = False
     informed: bool = True
     tangent: bool = False
+    most: int | None = None
 
+
+FEW = Online(first=0.25, batches=16, tangent=True, most=2)
+"""Layers' gains are measured one by one, so that they hold for small changes only."""
 
 CAREFUL = Online(first=0.25, periods=3, batches=32, whole=True, tangent=True)
 """Few moves, each measured on as many samples as the signals before the training."""
@@ -85,10 +90,12 @@ ARMS: dict[str, Arm] = {
     "online_late": Arm(online=Online(first=0.25)),
     "online_tangent": Arm(online=Online(tangent=True)),
     "online_careful": Arm(online=CAREFUL),
+    "online_few": Arm(online=replace(FEW, first=0.0)),
     "both": Arm(curves=signals.directions, online=Online(), in_loss_units=True),
     "both_late": Arm(curves=signals.gradient, warm=50, online=Online(first=0.25)),
     "both_tangent": Arm(curves=signals.gradient, warm=50, online=Online(first=0.25, tangent=True)),
     "both_careful": Arm(curves=signals.gradient, warm=50, online=CAREFUL),
+    "both_few": Arm(curves=signals.gradient, warm=50, online=FEW),
     "eva": Arm(ranks=signals.eva_ranks),
     "gora": Arm(ranks=signals.gora_ranks),
     "gora_warm": Arm(ranks=signals.gora_ranks, warm=50),

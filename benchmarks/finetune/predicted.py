@@ -6,6 +6,8 @@ For each layer a LoRA of one rank is trained in that layer alone, from the same 
 same batches, and the held-out loss that it saves is set beside what each signal predicts for the
 layer's first ranks. Where there is a head it is trained first, alone, and then stays as it is, so
 that all that is saved is the layer's doing. Layers are done one by one and written as they finish.
+At the end all of them are trained together: where that saves much less than the sum of what they
+save alone, layers stand in for each other, and no sum of layers' gains can foretell a training.
 
 Rank correlations (Spearman) are over layers; "per parameter" divides both by the cost of the ranks,
 which is what decides where a rank goes. It is above 0 even where the signal tells nothing, as both
@@ -35,7 +37,7 @@ from benchmarks.finetune.signals import Measuring
 from benchmarks.finetune.task import Task, shuffled
 from benchmarks.finetune.training import Settings, adapted
 from benchmarks.report import RESULTS, machine, markdown
-from lorambo_adapters.layers import TargetLayer, find_layers
+from lorambo_adapters.layers import find_layers
 from lorambo_alloc.storage import replacing
 
 SIGNALS = {
@@ -45,6 +47,9 @@ SIGNALS = {
     "kfac": signals.kfac,
     "directions": signals.directions,
 }
+
+_SHARES = (1.0, 0.5, 0.25)
+"""Of the rate: those that all layers together are trained at, which move further together."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -91,11 +96,25 @@ def measure(task: Task, options: argparse.Namespace, output: Path) -> dict[str, 
     for layer in layers:
         if layer.name not in content["saved"]:
             begun = time.perf_counter()
-            saved = before - _alone(task, copy.deepcopy(base), layer, held_out, options, agreed)
+            ranks = {layer.name: options.rank}
+            saved = before - _trained(task, copy.deepcopy(base), ranks, held_out, options, agreed)
             content["saved"][layer.name] = float(saved)
             _write(output, content)
             seconds = time.perf_counter() - begun
             print(f"{layer.name}: saves {saved:.4f} of {before:.4f} ({seconds:.0f} s)", flush=True)
+    together = content.setdefault("together", {})
+    for share in _SHARES:
+        rate = share * options.rate
+        if f"{rate:g}" not in together:
+            ranks = dict.fromkeys(content["saved"], options.rank)
+            left = _trained(task, copy.deepcopy(base), ranks, held_out, options, agreed, share)
+            together[f"{rate:g}"] = float(before - left)
+            _write(output, content)
+    alone = content["saved"].values()
+    print(
+        f"alone, layers save {min(alone):.4f} to {max(alone):.4f}, {sum(alone):.4f} in sum; "
+        f"together {max(together.values()):.4f} of {content['before']:.4f}"
+    )
     return content
 
 
@@ -158,16 +177,17 @@ def _predicted(
     return {name: float(curve[min(options.rank, len(curve) - 1)]) for name, curve in found.items()}
 
 
-def _alone(
+def _trained(
     task: Task,
     base: torch.nn.Module,
-    layer: TargetLayer,
+    ranks: Mapping[str, int],
     held_out: Sequence[Any],
     options: argparse.Namespace,
     agreed: Settings,
+    share: float = 1.0,
 ) -> float:
-    """The held-out loss after training an adapter of this layer alone."""
-    model = adapted(base, task, {layer.name: options.rank}, options.seed, agreed.scale)
+    """The held-out loss after training these ranks, and nothing else, at a share of the rate."""
+    model = adapted(base, task, ranks, options.seed, agreed.scale)
     torch.manual_seed(options.seed)  # the same dropout whatever has been done before
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)
@@ -176,7 +196,7 @@ def _alone(
     model.train()
     for step, batch in enumerate(islice(shuffled(task, agreed.batch, options.seed), options.steps)):
         for group in optimizer.param_groups:
-            group["lr"] = options.rate * (1 - step / options.steps)
+            group["lr"] = share * options.rate * (1 - step / options.steps)
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

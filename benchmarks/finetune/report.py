@@ -83,25 +83,39 @@ def chosen_rates(results: Results) -> dict[tuple[str, str, int], float]:
 def unsettled(
     results: Results, task: str, arms: Iterable[str], ranks: Iterable[int], seeds: Iterable[int]
 ) -> list[str]:
-    """What the protocol still wants on dev before an arm is tested: seeds, or rates further out."""
+    """What the protocol still wants on dev before an arm is tested: seeds, or rates further out.
+
+    The next rate on either side has to be worse than the chosen one, with the seeds that it has
+    been run with: one will do.
+    """
     chosen, found = chosen_rates(results), list[str]()
     for arm, rank in product(arms, ranks):
         own = (task, arm, rank)
         key = own if own in chosen else (task, arm.partition(":")[2], rank)
         if key not in chosen:
             continue
-        by_rate: dict[float, set[int]] = defaultdict(set)
-        for run in results:
+        by_rate: dict[float, dict[int, float]] = defaultdict(dict)
+        for run, result in results.items():
             if run.split == "dev" and (run.task, run.arm, run.rank) == key:
-                by_rate[run.rate].add(run.seed)
-        missing = sorted(set(seeds) - by_rate[chosen[key]])
+                by_rate[run.rate][run.seed] = result["loss"]
+        best = by_rate.pop(chosen[key])
+        missing = sorted(set(seeds) - set(best))
         where = f"{key[1]} at the budget of rank {rank}"
         if missing:
             found.append(f"{where}: expected a dev run with seed {missing[0]}, got none")
-        whole = [rate for rate, run in by_rate.items() if run >= by_rate[chosen[key]]]
-        if chosen[key] in (min(whole), max(whole)):
+        worse = [rate for rate, losses in by_rate.items() if _is_worse(losses, best)]
+        if not any(rate < chosen[key] for rate in worse) or not any(
+            rate > chosen[key] for rate in worse
+        ):
             found.append(f"{where}: the chosen rate {chosen[key]:g} is an end of those run on dev")
     return found
+
+
+def _is_worse(losses: Mapping[int, float], best: Mapping[int, float]) -> bool:
+    """Whether a rate does worse than the best one with the seeds that both have."""
+    both = sorted(set(losses) & set(best))
+    mine = [float(np.nan_to_num(losses[seed], nan=np.inf)) for seed in both]
+    return bool(both) and float(np.mean(mine)) > float(np.mean([best[seed] for seed in both]))
 
 
 def dev_table(results: Results, task: str) -> str:

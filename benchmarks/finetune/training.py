@@ -267,6 +267,7 @@ def _controller(
         period=online.periods * settings.period,
         freeze=max(1, settings.steps * 3 // 5),
         switching_share=0.1,
+        max_moves=online.most,
         max_rank=max(64, 4 * rank),
     )
     if start.curves is not None and arm.in_loss_units:

@@ -90,6 +90,15 @@ def test_what_dev_still_wants_is_told():
     assert end.endswith("the chosen rate 0.002 is an end of those run on dev")
 
 
+def test_the_next_rate_is_settled_by_the_seeds_that_it_has():
+    chosen = {Run("t", "a", 1, 2e-3, seed, "dev"): result([0.4 + seed / 10]) for seed in (0, 1)}
+    lower = {Run("t", "a", 1, 1e-3, 1, "dev"): result([0.6])}
+    for loss, settled in ((0.45, True), (0.35, False), (np.nan, True)):
+        higher = {Run("t", "a", 1, 4e-3, 0, "dev"): result([loss])}
+        found = unsettled(chosen | lower | higher, "t", ["a"], [1], [0, 1])
+        assert (found == []) == settled
+
+
 def test_an_arm_that_was_tested_at_two_rates_is_refused():
     results = {
         Run("t", "a", 1, rate, seed, "test"): result([0.5, 0.6])

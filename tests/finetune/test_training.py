@@ -1,5 +1,8 @@
+import argparse
+import json
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +11,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
+from benchmarks.finetune import predicted, starts, training  # noqa: E402
 from benchmarks.finetune import protocol as protocols  # noqa: E402
-from benchmarks.finetune import starts, training  # noqa: E402
 from benchmarks.finetune.arms import ARMS, Start, control, starting_ranks  # noqa: E402
 from benchmarks.finetune.predicted import correlations  # noqa: E402
 from benchmarks.finetune.runs import Run  # noqa: E402
@@ -227,3 +230,30 @@ def test_a_signal_that_tells_nothing_has_no_correlation_at_one_cost():
     assert abs(plain) < 0.1
     assert each > 0.4  # of the costs alone
     assert abs(at_one_cost) < 0.1
+
+
+def test_layers_are_trained_alone_and_together(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(predicted, "protocol", lambda _: SimpleNamespace(settings=SETTINGS))
+    monkeypatch.setattr(predicted, "SIGNALS", {"gradient": predicted.SIGNALS["gradient"]})
+    options = argparse.Namespace(
+        rank=1, steps=4, rate=2e-2, held_out=24, every=4, seed=100, output=None
+    )
+    file = tmp_path / "predicted.json"
+    content = predicted.measure(task, options, file)
+    names = list(costs_of(task))[::4]
+    assert list(content["saved"]) == names
+    assert list(content["together"]) == ["0.02", "0.01", "0.005"]
+    assert len(set(content["together"].values())) == 3
+    assert "| gradient | 3 " in predicted.correlations(content)
+    # What is there is not trained again, and what is missing is found to the bit.
+    first, *_ = names
+    edited = json.loads(file.read_text())
+    kept = {name: 7.0 for name in names if name != first}
+    edited["saved"] = kept
+    del edited["together"]["0.01"]
+    file.write_text(json.dumps(edited))
+    again = predicted.measure(task, options, file)
+    assert again["saved"] == kept | {first: content["saved"][first]}
+    assert again["together"] == content["together"]
+    with pytest.raises(ValueError, match="has other settings"):
+        predicted.measure(task, argparse.Namespace(**vars(options) | {"rank": 2}), file)
