@@ -9,7 +9,7 @@ its share with `tests.strategies.examples`.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +70,19 @@ def tampered(tmp_path: Path) -> Callable[..., Path]:
         return copy
 
     return change
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: results are the same to the bit, and small matrices are not slowed."""
+    torch = pytest.importorskip("torch", reason="torch is absent")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def seeded() -> None:
+    """Torch's generator from seed 0."""
+    pytest.importorskip("torch", reason="torch is absent").manual_seed(0)

@@ -29,13 +29,3 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-@pytest.fixture
-def one_thread():
-    """Torch on one thread, where results are compared to the bit."""
-    torch = pytest.importorskip("torch", reason="torch is absent")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -10,14 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from lorambo_adapters.spectra import activations  # noqa: E402
 from lorambo_adapters.spectra.activations import activation_spectra  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 class Heads(torch.nn.Module):

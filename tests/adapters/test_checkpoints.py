@@ -21,6 +21,8 @@ from lorambo_adapters.spectra.tensor_files import TensorFiles  # noqa: E402
 from lorambo_adapters.spectra.weights import weight_spectra  # noqa: E402
 from lorambo_alloc import Spectra, allocate, uniform_rank  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "all-MiniLM-L6-v2.npz"
 LAYERS = {
@@ -28,14 +30,6 @@ LAYERS = {
     for i in range(11)
     for name, shape in [("attn.q_proj", (6, 6)), ("mlp.up_proj", (9, 6)), ("mlp.down_proj", (6, 9))]
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def state(seed=0, dtype=torch.float32):

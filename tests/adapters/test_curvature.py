@@ -14,17 +14,11 @@ from lorambo_adapters.spectra.curvature import curvature_factors  # noqa: E402  
 from lorambo_adapters.spectra.fisher import TrueFisher  # noqa: E402
 from lorambo_adapters.spectra.whitening import SymmetricFactor  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 F = torch.nn.functional
 OUTPUTS = TrueFisher(lambda model, batch: model(batch[0]), draws="all")
 GAUSSIAN = TrueFisher(lambda model, batch: model(batch[0]), likelihood="gaussian", draws="all")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def matrices(curvature) -> dict[str, Any]:

@@ -20,13 +20,7 @@ from lorambo_adapters.spectra.directions import (  # noqa: E402
 from lorambo_adapters.spectra.fisher import TrueFisher  # noqa: E402
 from lorambo_adapters.spectra.loss_units import curvature_spectra  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def network():

@@ -18,13 +18,7 @@ from lorambo_adapters.spectra.loss_units import (  # noqa: E402
     weighted_spectra,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def powers(factors) -> Any:

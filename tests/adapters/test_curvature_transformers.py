@@ -14,15 +14,9 @@ from lorambo_adapters.spectra.curvature import curvature_factors  # noqa: E402
 from lorambo_adapters.spectra.directions import coupled_directions  # noqa: E402
 from lorambo_adapters.spectra.fisher import TrueFisher  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXPECTATION = TrueFisher(draws="all")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def llama(scale=0.3):

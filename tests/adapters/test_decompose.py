@@ -14,16 +14,9 @@ from lorambo_adapters.spectra.decompose import (  # noqa: E402  (needs torch)
     squared_norm,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPS = float(np.finfo(np.float64).eps)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Matrices as small as these can take ten times as long with more threads than free cores.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def gaussian(*shape, seed=0, dtype=torch.float64):

@@ -22,6 +22,8 @@ from lorambo_adapters.spectra.lora import lora_spectra  # noqa: E402
 from lorambo_adapters.spectra.probe import probe_spectra  # noqa: E402
 from lorambo_alloc import allocate  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
+
 SIZES = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -31,15 +33,6 @@ SIZES = {
     "max_position_embeddings": 32,
     "intermediate_size": 24,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
 
 
 def family(name, implementation=None, **more):

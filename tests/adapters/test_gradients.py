@@ -18,14 +18,7 @@ from lorambo_adapters.spectra.gradients import gradient_spectra, loraga_spectra 
 from lorambo_adapters.spectra.hooks import GradientHooks  # noqa: E402
 from lorambo_adapters.spectra.sketcher import GradientSketcher  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 def exact_gradients(model, batches, loss_fn, names):

@@ -10,14 +10,7 @@ from lorambo_adapters.layers import TargetLayer, find_layers  # noqa: E402
 from lorambo_adapters.spectra.hooks import GradientHooks, InputHooks  # noqa: E402
 from lorambo_adapters.spectra.inputs import DenseInputs, TokenInputs  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread", "seeded")
 
 
 class Sums:

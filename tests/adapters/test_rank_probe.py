@@ -18,13 +18,7 @@ from tests.adapters.resize_models import (  # noqa: E402
     plain,
 )
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Sum(torch.nn.Module):

@@ -15,16 +15,10 @@ from lorambo_adapters.spectra.sketch import (  # noqa: E402
     two_sided_widths,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BFLOAT16 = torch.bfloat16
 CPU, DOUBLE, NONE = torch.device("cpu"), torch.float64, (None, None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def data(d, k, tokens, seed=0):

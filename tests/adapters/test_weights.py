@@ -16,17 +16,10 @@ torch = pytest.importorskip("torch", reason="torch is absent: pip install 'loram
 from lorambo_adapters.layers import find_layers  # noqa: E402  (needs torch)
 from lorambo_adapters.spectra.weights import weight_spectra  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "all-MiniLM-L6-v2.npz"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    # Matrices as small as these can take ten times as long with more threads than free cores.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_model():

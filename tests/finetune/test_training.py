@@ -23,17 +23,10 @@ from tests.finetune.tiny_task import TinyTask  # noqa: E402
 
 SETTINGS = Settings(steps=6, batch=8, measured=2, period=2, bfloat16=False)
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
