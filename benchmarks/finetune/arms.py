@@ -28,29 +28,20 @@ class Online:
 
     Attributes:
         first: the share of the training after which ranks are moved first; 0: after a period.
-        periods: how many of the task's periods lie between two probes.
         batches: that a probe takes, half of them to find directions.
-        whole: whether it takes all of their samples, else half of them.
         informed: new ranks begin along directions that the probe has found, which no other arm's
             do; else at random, so that the ranks alone differ.
-        tangent: ranks that are there are also worth what they can still learn (`RankProbe`).
         most: ranks that move at once; None: any number.
     """
 
     first: float = 0.0
-    periods: int = 1
     batches: int = 8
-    whole: bool = False
     informed: bool = True
-    tangent: bool = False
     most: int | None = None
 
 
-FEW = Online(first=0.25, batches=16, tangent=True, most=2)
+FEW = Online(first=0.25, batches=16, most=2)
 """Layers' gains are measured one by one, so that they hold for small changes only."""
-
-CAREFUL = Online(first=0.25, periods=3, batches=32, whole=True, tangent=True)
-"""Few moves, each measured on as many samples as the signals before the training."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +79,10 @@ ARMS: dict[str, Arm] = {
     "online": Arm(online=Online()),
     "online_random": Arm(online=Online(informed=False)),
     "online_late": Arm(online=Online(first=0.25)),
-    "online_tangent": Arm(online=Online(tangent=True)),
-    "online_careful": Arm(online=CAREFUL),
-    "online_few": Arm(online=replace(FEW, first=0.0)),
-    "online_two": Arm(online=replace(FEW, first=0.0, tangent=False)),
+    "online_two": Arm(online=replace(FEW, first=0.0)),
     "both": Arm(curves=signals.directions, online=Online(), in_loss_units=True),
     "both_late": Arm(curves=signals.gradient, warm=50, online=Online(first=0.25)),
-    "both_tangent": Arm(curves=signals.gradient, warm=50, online=Online(first=0.25, tangent=True)),
-    "both_careful": Arm(curves=signals.gradient, warm=50, online=CAREFUL),
-    "both_few": Arm(curves=signals.gradient, warm=50, online=FEW),
-    "both_two": Arm(curves=signals.gradient, warm=50, online=replace(FEW, tangent=False)),
+    "both_two": Arm(curves=signals.gradient, warm=50, online=FEW),
     "eva": Arm(ranks=signals.eva_ranks),
     "gora": Arm(ranks=signals.gora_ranks),
     "gora_warm": Arm(ranks=signals.gora_ranks, warm=50),

@@ -264,7 +264,7 @@ def _controller(
         model,
         uniform_rank(rank),
         warmup=max(settings.period, round(online.first * settings.steps)),
-        period=online.periods * settings.period,
+        period=settings.period,
         freeze=max(1, settings.steps * 3 // 5),
         switching_share=0.1,
         max_moves=online.most,
@@ -272,7 +272,7 @@ def _controller(
     )
     if start.curves is not None and arm.in_loss_units:
         allocator.observe(GainCurves(start.curves))
-    options: dict[str, Any] = {"ahead": max(8, 2 * rank), "seed": seed, "tangent": online.tangent}
+    options: dict[str, Any] = {"ahead": max(8, 2 * rank), "seed": seed}
     if not online.informed:
         options = {"probe": _Uninformed(RankProbe(model, **options))}
     return RankController(
@@ -280,7 +280,6 @@ def _controller(
         optimizer,
         allocator,
         batches_per_probe=online.batches,
-        samples_per_batch=None if online.whole else "half",
         on_error="raise",  # where the ranks stay after an error, the arm is another one
         **options,
     )

@@ -77,46 +77,6 @@ def outside(pairs: Triplets, left: torch.Tensor, right: torch.Tensor) -> Triplet
     return columns @ u[:, :kept], found[:kept], rows @ vt[:kept].T
 
 
-def tangents(pairs: Triplets, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Where the gradient G = P diag(sigma) Q^T takes the pairs u_j v_j^T that are there.
-
-    The part of G in the tangent space of the rank-n matrices at sum_j s_j u_j v_j^T is U U^T G +
-    (I - U U^T) G V V^T (Vandereycken, SIAM J. Optim. 23, 2013, section 2.1): for each j, u_j
-    (G^T u_j)^T, which changes v_j, and ((I - U U^T) G v_j) v_j^T, which changes u_j.
-
-    Args:
-        pairs: (P, sigma, Q), d x m, m and k x m.
-        left: U, d x n, orthonormal columns.
-        right: V, k x n, likewise.
-
-    Returns:
-        (X, Y), d x 2n and k x 2n, two columns for each j: the 2n matrices x y^T are orthonormal, or
-        zero where the gradient has no such part.
-
-    Example:
-        >>> pairs = torch.eye(3), torch.tensor([3.0, 2.0, 1.0]), torch.eye(3)
-        >>> x, y = tangents(pairs, torch.eye(3)[:, :1], torch.eye(3)[:, 1:2])
-        >>> x @ y.T
-        tensor([[1., 0., 0.],
-                [0., 1., 0.],
-                [0., 0., 0.]])
-    """
-    p, values, q = pairs
-    rows = q @ (values[:, None] * (p.T @ left))
-    columns = p @ (values[:, None] * (q.T @ right))
-    for _ in range(2):  # as in `outside`
-        columns = columns - left @ (left.T @ columns)
-    x = torch.stack([left, _unit(columns)], 2).flatten(1)
-    y = torch.stack([_unit(rows), right], 2).flatten(1)
-    return x, y
-
-
-def _unit(columns: torch.Tensor) -> torch.Tensor:
-    """Columns of norm 1, or 0."""
-    norms = columns.norm(dim=0)
-    return torch.where(norms > 0, columns / norms.clamp(min=torch.finfo(norms.dtype).tiny), 0.0)
-
-
 def kept_gains(sigma: FloatArray, b: FloatArray, C: FloatArray) -> FloatArray:
     """What the first r of n directions that are there save, against having none: F(0..n).
 

@@ -33,7 +33,7 @@ from lorambo_adapters.spectra.fisher import Fisher, FisherLoss, LossFn, Terms, s
 from lorambo_adapters.spectra.hooks import GradientHooks
 from lorambo_adapters.spectra.sample_derivatives import SampleDerivatives
 from lorambo_adapters.spectra.sketcher import GradientSketcher, positive_scale
-from lorambo_adapters.training.curves import kept_gains, new_gains, outside, tangents
+from lorambo_adapters.training.curves import kept_gains, new_gains, outside
 from lorambo_adapters.training.probe_layers import Place, find_places
 from lorambo_adapters.training.probe_passes import Once, fisher_passes, one_graph_goes_once
 from lorambo_alloc.costs import whole_number
@@ -163,7 +163,6 @@ class RankProbe:
         samples: Callable[[Any], int] | None = None,
         mask: MaskOf | None = None,
         damping: float = 1.0,
-        tangent: bool = False,
         loss_scale: Any = 1.0,
         workers: Workers | None = None,
         seed: int = 0,
@@ -184,7 +183,6 @@ class RankProbe:
         self._mask, self._damping, self._loss_scale = mask, float(damping), loss_scale
         self._workers = Workers.alone() if workers is None else workers
         self._seed = seed
-        self._tangent = tangent
 
     def measure(self, batches: Sequence[Any]) -> Measurement:
         """Measure what ranks are worth at the model as it is.
@@ -290,14 +288,9 @@ class RankProbe:
             u, sigma, v = place.pairs
             p, _, q = outside(pairs[name], u.to(pairs[name][0]), v.to(pairs[name][2]))
             new = place.present - len(sigma) + self._ahead
-            left, right = [u.to(p)], [v.to(q)]
-            if self._tangent:
-                x, y = tangents(pairs[name], left[0], right[0])
-                left.append(x)
-                right.append(y)
             directions[name] = (
-                torch.cat([*left, p[:, :new]], 1),
-                torch.cat([*right, q[:, :new]], 1),
+                torch.cat([u.to(p), p[:, :new]], 1),
+                torch.cat([v.to(q), q[:, :new]], 1),
             )
         layers = [place.layer for place in places.values()]
         return SampleDerivatives(layers, directions, lenient=True)
@@ -349,18 +342,14 @@ class RankProbe:
             n = len(place.pairs[1])
             old = kept_gains(place.pairs[1].cpu().numpy(), b[:n], C[:n, :n])
             # Of as many as a layer without cold ranks has, lest these change what ranks are worth.
-            first = 3 * n if self._tangent else n
-            own = C.diagonal()[first : first + self._ahead]
+            own = C.diagonal()[n : n + self._ahead]
             rho = self._damping * float(own.mean()) if len(own) else 0.0
-            new = new_gains(b[first:], C[first:, first:], V[first:, first:], rho)
-            if self._tangent:
-                part = slice(n, first)
-                old = old + new_gains(b[part], C[part, part], V[part, part], rho)[::2]
+            new = new_gains(b[n:], C[n:, n:], V[n:, n:], rho)
             curve = np.append(old, old[-1] + new[1:])
             curves[name] = np.pad(curve, (0, max(0, place.present + 1 - len(curve))), mode="edge")
             u, v = derivatives.directions[name]
-            if u.shape[1] > first:
-                directions[name] = u[:, first:].clone(), v[:, first:].clone()
+            if u.shape[1] > n:
+                directions[name] = u[:, n:].clone(), v[:, n:].clone()
         return curves, directions
 
 
