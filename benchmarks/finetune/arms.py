@@ -75,6 +75,7 @@ ARMS: dict[str, Arm] = {
     "kfac_warm": Arm(curves=signals.kfac, warm=50),
     "start": Arm(curves=signals.directions),
     "start_warm": Arm(curves=signals.directions, warm=50),
+    "coupled_warm": Arm(ranks=signals.coupled_ranks, warm=50),
     "short_run": Arm(curves=signals.short_run),
     "online": Arm(online=Online()),
     "online_random": Arm(online=Online(informed=False)),

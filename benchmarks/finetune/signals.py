@@ -10,16 +10,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.finetune.exact_budget import nearest_exact
 from benchmarks.finetune.task import Batch, Task
 from lorambo_adapters.layers import TargetLayer
 from lorambo_adapters.ranks.formats import to_peft
 from lorambo_adapters.spectra.activations import activation_spectra
+from lorambo_adapters.spectra.directions import coupled_directions
 from lorambo_adapters.spectra.gradients import gradient_spectra
 from lorambo_adapters.spectra.loss_units import curvature_spectra
 from lorambo_adapters.spectra.probe import probe_spectra
 from lorambo_adapters.training.probe import RankProbe
 from lorambo_alloc import Problem, Spectra
 from lorambo_alloc.baselines import eva, gora, mlp_only
+from lorambo_alloc.submodular import CoupledQuadratic, select
 
 Curves = dict[str, npt.NDArray[np.float64]]
 
@@ -112,6 +115,27 @@ def directions(measuring: Measuring) -> Curves:
     found = RankProbe(model, ahead=ahead, seed=measuring.seed).measure(list(measuring.batches))
     # The first ranks of a curve are the present ones, which are worth nothing yet.
     return {n: c[measuring.rank :] - c[measuring.rank] for n, c in found.curves.items()}
+
+
+def coupled_ranks(measuring: Measuring) -> dict[str, int]:
+    """Of the gradient's leading directions in all layers, those that save most *together*.
+
+    Layers stand in for each other: where two of them would do the same to the loss, one is enough.
+    Chosen by `select` from the slopes and the joint curvature of all candidates.
+    """
+    found = coupled_directions(
+        measuring.model,
+        list(measuring.batches),
+        fisher="true",
+        per_layer=4 * measuring.rank,
+        targets=list(measuring.layers),
+        seed=measuring.seed,
+    )
+    rho = DAMPING * float(found.C.diagonal().mean())
+    objective = CoupledQuadratic(found.b, found.C, rho, layers=found.layers)
+    chosen = select(objective, measuring.costs, measuring.budget, time_limit=60).ranks
+    ranks = dict.fromkeys(measuring.costs, 0) | dict(chosen or {})
+    return nearest_exact(ranks, measuring.costs, measuring.budget)
 
 
 def short_run(measuring: Measuring) -> Curves:
