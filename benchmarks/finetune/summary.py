@@ -25,7 +25,7 @@ from benchmarks.finetune.protocol import protocol
 from benchmarks.finetune.report import Results, rows
 from benchmarks.finetune.rules import DEFAULT, ENERGY, FIT_ALONE, PLAIN, UNFITTED
 from benchmarks.finetune.runs import check_protocol, finished
-from benchmarks.report import RESULTS
+from benchmarks.report import RESULTS, markdown
 from lorambo_alloc.storage import replacing
 
 TASKS = ("minilm", "mpnet", "gemma")
@@ -140,6 +140,38 @@ def pictures(summary: Mapping[str, Any], folder: Path) -> None:
         _save(rank_map(arms), folder / f"ranks_{task}.png")
 
 
+def extraction_table(found: Mapping[str, Any]) -> str:
+    """Loss and KL of the test cuts, with the differences to plain truncation at rank 4."""
+    lines: list[dict[str, str]] = []
+    kinds = dict.fromkeys((row["kind"], row["label"], row["rank"]) for row in found["means"])
+    models = [m for m in TASKS if any(row["model"] == m for row in found["means"])]
+    for kind, label, rank in kinds:
+        line = {
+            "source": _SOURCES[kind],
+            "cut": RULES.get(label, label),
+            "rank": "-" if rank is None else str(rank),
+        }
+        for model in models:
+            own = [
+                row
+                for row in found["means"]
+                if (row["model"], row["kind"], row["label"], row["rank"])
+                == (model, kind, label, rank)
+            ]
+            line[MODELS[model]] = f"{own[0]['loss']:.4f} / {own[0]['kl']:.3f}" if own else ""
+            pair = [
+                pair["difference"]
+                for pair in found["pairs"]
+                if (pair["model"], pair["kind"], pair["label"], pair["rank"], pair["plain_rank"])
+                == (model, kind, label, rank, 4)
+            ]
+            line[f"{MODELS[model]} less plain rank 4"] = (
+                "{:+.4f} [{:+.4f}, {:+.4f}]".format(*pair[0]) if pair else ""
+            )
+        lines.append(line)
+    return markdown(lines)
+
+
 _SOURCES = {"full": "full fine-tune", "lora": "LoRA of rank 16"}
 
 
@@ -172,4 +204,5 @@ def main(arguments: Sequence[str]) -> None:
     with replacing(options.output) as out:
         out.write((json.dumps(summary, indent=1) + "\n").encode())
     pictures(summary, options.output.parent)
+    print(extraction_table(summary["extraction"]))
     print(f"{options.output}: written, with its pictures beside it")
