@@ -1,7 +1,7 @@
 """PEFT's adapter_config.json for given ranks and scales: exact patterns, and nothing else changed.
 
-`peft_entries` is the one place where the files that `compress` and `extract_lora` write get their
-patterns from.
+`peft_entries` is the one place where the files that `compress`, `extract_lora` and
+`extract_calibrated` write get their patterns from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lorambo_adapters.ranks.peft_format import to_peft
-from lorambo_adapters.ranks.peft_names import exact_key
+from lorambo_adapters.ranks.peft_names import Modules, exact_key
 from lorambo_adapters.spectra.peft_config import PeftConfig
 
 
@@ -80,6 +80,53 @@ def peft_entries(
                 result[selection] = None
     _check(PeftConfig.checked(result, "the new configuration"), ranks, scales)
     return result
+
+
+def extracted_entries(
+    ranks: Mapping[str, int],
+    scale: float,
+    *,
+    base: str | None,
+    flipped: bool,
+    bias: str = "none",
+    modules_to_save: Collection[str] = (),
+    modules: Modules | None = None,
+) -> dict[str, Any]:
+    """A configuration for factors that were not trained but computed, of one scale.
+
+    Args:
+        ranks: by layer; those of rank 0 are left out of the targets.
+        scale: of every layer.
+        base: where PEFT is to find the base model.
+        flipped: `fan_in_fan_out`.
+        bias: PEFT's.
+        modules_to_save: PEFT's.
+        modules: the base model, if it is at hand, as `to_peft` takes it.
+
+    Raises:
+        ValueError: as `peft_entries` and `to_peft`.
+    """
+    entries: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "bias": bias,
+        "fan_in_fan_out": flipped,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    if modules_to_save:
+        entries["modules_to_save"] = sorted(modules_to_save)
+    kept = {name: rank for name, rank in ranks.items() if rank}
+    left_out = [name for name, rank in ranks.items() if not rank]
+    targets = to_peft(ranks, modules=modules)["target_modules"]
+    named = {**entries, "target_modules": targets}
+    # With the model at hand the targets are known to catch no other module.
+    left_out = left_out if modules is None else []
+    return peft_entries(named, kept, dict.fromkeys(kept, scale), left_out=left_out)
 
 
 def _number(alpha: float) -> int | float:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,12 @@ except ModuleNotFoundError as missing:
         name=missing.name,
     ) from missing
 
+from lorambo_adapters.lora_keys import PREFIX
 from lorambo_adapters.progress import progress_bar
-from lorambo_adapters.ranks.adapter_config import peft_entries
-from lorambo_adapters.ranks.budgets import (
-    Budget,
-    Bytes,
-    Energy,
-    Share,
-    energy_target,
-    parsed,
-)
+from lorambo_adapters.ranks.adapter_config import extracted_entries
+from lorambo_adapters.ranks.budgets import Budget, parsed
 from lorambo_adapters.ranks.extract_parts import FactorParts, LayerFactors
+from lorambo_adapters.ranks.extract_ranks import captured_share, solved_ranks
 from lorambo_adapters.ranks.extract_targets import (
     Stored,
     check_stored,
@@ -38,24 +32,14 @@ from lorambo_adapters.ranks.extract_targets import (
 )
 from lorambo_adapters.ranks.lora_result import LoraResult
 from lorambo_adapters.ranks.new_folder import check_new, new_folder
-from lorambo_adapters.ranks.peft_format import to_peft
 from lorambo_adapters.ranks.tensor_writer import Planned, tensor_writer
 from lorambo_adapters.spectra.checkpoints import delta_spectra, differences, layer_pairs
 from lorambo_adapters.spectra.decompose import arithmetic
 from lorambo_adapters.spectra.extraction import MatrixReader
 from lorambo_adapters.spectra.leading import leading_factors, residual
-from lorambo_alloc import (
-    Allocation,
-    BudgetCertificate,
-    Certificate,
-    Spectra,
-    allocate,
-    minimize_budget,
-)
-from lorambo_alloc.costs import UniformRank, whole_number
+from lorambo_alloc import Spectra
+from lorambo_alloc.costs import whole_number
 from lorambo_alloc.objectives import Objective
-
-_PREFIX = "base_model.model."
 
 
 def extract_lora(
@@ -182,7 +166,7 @@ def extract_lora(
             "multiple_of": multiple_of,
             "time_limit": time_limit,
         }
-        allocation, certificate = _solved(spectra, wanted, types, limits)
+        allocation, certificate = solved_ranks(spectra, wanted, types, limits)
         ranks = {name: rank for name, rank in allocation.items() if rank}
         if not ranks:
             raise ValueError(
@@ -206,12 +190,17 @@ def extract_lora(
 
         energy = {n: float(v @ v) + spectra.unresolved[n] for n, v in spectra.items()}
         lost = [energy[name] for name in spectra if name not in ranks]
-        config = _config(base, allocation, scale, flipped)
+        config = extracted_entries(
+            allocation,
+            scale,
+            base=None if isinstance(base, Mapping) else os.fspath(base),
+            flipped=flipped,
+        )
         done = {
             "base": before.label,
             "tuned": after.label,
             "budget": str(budget),
-            "captured": _share(spectra, allocation, energy),
+            "captured": captured_share(spectra, allocation, energy),
             "status": certificate.status,
         }
         tensors: dict[str, torch.Tensor] = {}
@@ -253,35 +242,8 @@ def extract_lora(
         path,
         tensors,
         config,
-        others=other_differences(base, tuned, before),
+        others=other_differences(base, tuned, {layer.key for layer in before.layers.values()}),
     )
-
-
-def _solved(
-    spectra: Spectra, wanted: Any, types: Mapping[str, torch.dtype], limits: dict[str, Any]
-) -> tuple[Allocation, Certificate | BudgetCertificate]:
-    assert spectra.shapes is not None
-    shapes = spectra.shapes
-    most = limits["max_rank"]
-    if isinstance(wanted, UniformRank) and any(
-        min(wanted.rank, *shape) > most for shape in shapes.values()
-    ):
-        raise ValueError(
-            f"budget: expected a uniform rank up to max_rank, which is {most}, got {wanted.rank}; "
-            "raise max_rank"
-        )
-    if isinstance(wanted, Energy):
-        left = sum(map(Fraction, spectra.unresolved.values()), Fraction(0))
-        target = energy_target(wanted, spectra, left, limits)
-        cheapest = minimize_budget(spectra, value=target, **limits)
-        return cheapest.allocation, cheapest.certificate
-    if isinstance(wanted, Share):
-        wanted = math.floor(wanted.share * sum(d * k for d, k in shapes.values()))
-    elif isinstance(wanted, Bytes):
-        limits["costs"] = {n: (d + k) * types[n].itemsize for n, (d, k) in shapes.items()}
-        wanted = wanted.count
-    allocation = allocate(spectra, wanted, **limits)
-    return allocation, allocation.certificate
 
 
 def _factors(
@@ -312,27 +274,8 @@ def _factors(
     return LayerFactors(left.contiguous().cpu(), right.contiguous().cpu(), distance)
 
 
-def _config(base: Stored, ranks: Mapping[str, int], scale: float, flipped: bool) -> dict[str, Any]:
-    entries = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None if isinstance(base, Mapping) else os.fspath(base),
-        "inference_mode": True,
-        "bias": "none",
-        "fan_in_fan_out": flipped,
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "use_dora": False,
-    }
-    kept = {name: rank for name, rank in ranks.items() if rank}
-    left_out = [name for name, rank in ranks.items() if not rank]
-    named = {**entries, "target_modules": to_peft(ranks)["target_modules"]}
-    return peft_entries(named, kept, dict.fromkeys(kept, scale), left_out=left_out)
-
-
 def _key(name: str, part: str) -> str:
-    return f"{_PREFIX}{name}.lora_{part}.weight"
+    return f"{PREFIX}{name}.lora_{part}.weight"
 
 
 def _by_size(ranks: Mapping[str, int], types: Mapping[str, torch.dtype]) -> list[str]:
@@ -352,9 +295,3 @@ def _plan(
         plan[_key(name, "A")] = Planned((ranks[name], k), types[name])
         plan[_key(name, "B")] = Planned((d, ranks[name]), types[name])
     return plan
-
-
-def _share(spectra: Spectra, ranks: Mapping[str, int], energy: Mapping[str, float]) -> float:
-    kept = math.fsum(float(v @ v) for n, values in spectra.items() for v in (values[: ranks[n]],))
-    total = math.fsum(energy.values())
-    return kept / total if total else 1.0

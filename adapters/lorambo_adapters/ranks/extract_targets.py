@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 try:
@@ -71,10 +71,9 @@ def is_transposed(base: Stored) -> bool:
         return False
 
 
-def other_differences(base: Stored, tuned: Stored, layers: StoredLayers) -> list[str]:
-    """The keys of tensors that are no layer, and not equal in both checkpoints."""
+def other_differences(base: Stored, tuned: Stored, covered: Collection[str]) -> list[str]:
+    """The keys of tensors that are not covered, and not equal in both checkpoints."""
     infos, read = zip(*(_tensors(which) for which in (base, tuned)), strict=True)
-    covered = {layer.key for layer in layers.layers.values()}
     found: list[str] = []
     for key in dict.fromkeys([*infos[0], *infos[1]]):
         if key in covered:
@@ -83,7 +82,7 @@ def other_differences(base: Stored, tuned: Stored, layers: StoredLayers) -> list
         if both:
             before, after = (one(key) for one in read)
             common = torch.promote_types(before.dtype, after.dtype)
-            both = torch.equal(before.to(common), after.to(common))
+            both = torch.equal(before.to(common), after.to(before.device, common))
         if not both:
             found.append(key)
     return found

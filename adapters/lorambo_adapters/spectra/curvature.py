@@ -192,13 +192,7 @@ def curvature_factors(
                     if turn == count == 1 and not losses.empirical:
                         with same_random_numbers(model, seed + workers.index):
                             losses.check_terms(model, batch)
-                    with torch.enable_grad():
-                        found, scalars = losses.moments(model, batch)
-                        sums.terms += found
-                        sums.counts_inputs = True
-                        for scalar, last in scalars:
-                            scalar.backward(retain_graph=not last)
-                            sums.counts_inputs = False
+                    add_terms(model, batch, losses, sums)
             if kind == "input":
                 reached |= hooks.called
             count = workers.count_all(count)
@@ -216,6 +210,19 @@ def curvature_factors(
     what = "" if kind == "input" else f", {losses.description} of {number} terms"
     source = f"curvature {kind!r}{what}, damping {damping:g} of the mean eigenvalue"
     return Curvature(factors, kind=kind, terms=number, damping=damping, source=source)
+
+
+def add_terms(
+    model: torch.nn.Module, batch: Any, losses: FisherLoss, sums: MomentSums | MarginalSums
+) -> None:
+    """Add a batch's terms to sums that hooks around the model fill; its inputs count once."""
+    with torch.enable_grad():
+        found, scalars = losses.moments(model, batch)
+        sums.terms += found
+        sums.counts_inputs = True
+        for scalar, last in scalars:
+            scalar.backward(retain_graph=not last)
+            sums.counts_inputs = False
 
 
 def _noting(reached: set[str], sums: MomentSums | MarginalSums) -> Callable[..., None]:

@@ -131,7 +131,7 @@ class FisherLoss:
             ValueError: the loss is not what `curvature_factors` says, or not finite.
         """
         if self._loss_fn is None:
-            mean, _, counted = _labelled_logits(model, batch)
+            mean, _, counted = labelled_logits(model, batch)
             number = int(counted.sum())
             return _checked(_wide(mean) * number), number
         loss = self._loss_fn(model, batch)
@@ -175,7 +175,7 @@ class FisherLoss:
             loss, number = self.total(model, batch)
             return number, iter([(loss, True)])
         if self._true.predict is None:
-            _, outputs, counted = _labelled_logits(model, batch)
+            _, outputs, counted = labelled_logits(model, batch)
         else:
             found = self._true.predict(model, batch)
             outputs, counted = found if isinstance(found, tuple) else (found, None)
@@ -247,7 +247,7 @@ def _cotangents(
             yield _checked((v * at * wide[:, place]).sum()), last
 
 
-def _labelled_logits(
+def labelled_logits(
     model: torch.nn.Module, batch: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A transformers model's mean loss, its logits and which of them have a label.
