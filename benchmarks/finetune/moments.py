@@ -14,7 +14,8 @@ gradient of sample n, T tokens and N terms:
 | `sample_inputs` | (1/N) sum_n G_n^T G_n |
 | `sample_gradients` | sum_n G_n G_n^T / sum_n |G_n|_F^2 |
 
-(`inputs`, `gradients`) are the factors of K-FAC (Martens, Grosse, ICML 2015). The last two are
+(`inputs`, `gradients`) are the factors of K-FAC (Martens, Grosse, ICML 2015), as the library's
+`centred_sums` has them; here labels are drawn from a generator of their own. The last two are
 those of Shampoo (Gupta, Koren, Singer, ICML 2018), whose product is one power iteration towards the
 nearest Kronecker product to the layer's Fisher (Morwani et al., 2024): the tokens of a sample are
 summed before they are squared, as they are in the loss.
@@ -31,25 +32,18 @@ import torch
 
 from benchmarks.finetune.task import Batch
 from lorambo_adapters.layers import TargetLayer
+from lorambo_adapters.spectra.centred_moments import LayerMoments
 
 FISHERS = ("true", "empirical")
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(LayerMoments):
     """Of one layer, in float64; see the module. The last three are None where not asked for."""
 
-    inputs: torch.Tensor
-    mean: torch.Tensor
-    gradients: torch.Tensor
     weighted: torch.Tensor | None = None
     sample_inputs: torch.Tensor | None = None
     sample_gradients: torch.Tensor | None = None
-
-    @property
-    def centred(self) -> torch.Tensor:
-        """The covariance of the inputs."""
-        return self.inputs - torch.outer(self.mean, self.mean)
 
 
 def layer_moments(
