@@ -162,7 +162,7 @@ def _divergence(subject: CutModel, batches: Sequence[Any], advance: Advance) -> 
         target = target.to(now.device)
         # A class without any chance adds nothing: 0 (-inf + x) is 0 here.
         total += float(
-            torch.where(target > -math.inf, target.exp() * (target - now), 0.0).sum(
+            torch.where(target == -math.inf, 0.0, target.exp() * (target - now)).sum(
                 dtype=torch.float32 if now.device.type == "mps" else torch.float64
             )
         )
@@ -204,7 +204,7 @@ def _step(
             hooks.begin()
             now = subject.predict(batch)
             target = subject.wanted(number).to(now.device)
-            likely = torch.where(target > -math.inf, target.exp() * now, 0.0)
+            likely = torch.where(target == -math.inf, 0.0, target.exp() * now)
             (-likely.sum()).backward(retain_graph=True)
             b += derivatives.take().sum(0)
             if now.device not in drawn:
