@@ -100,6 +100,18 @@ def test_no_step_is_taken_where_none_lowers_the_divergence(transformers, monkeyp
     assert all(torch.equal(found.factors[name][0], u) for name, (u, _) in factors.items())
 
 
+def test_no_column_changes_by_more_than_is_allowed(transformers):
+    setting = Setting(transformers, models.bert)
+    factors = setting.factors(2)
+    found, _ = setting.refit(factors, steps=2, largest_change=0.1)
+    assert len(found.divergences) == 3
+    for name, (u, _) in factors.items():
+        ratio = found.factors[name][0].norm(dim=0) / u.norm(dim=0)
+        assert float((ratio.log()).abs().max()) <= -2 * math.log(0.9) + 1e-6
+    free, _ = setting.refit(factors, steps=2)
+    assert free.divergences[-1] < found.divergences[-1]
+
+
 def test_the_step_is_newtons_on_all_layers_together(transformers, monkeypatch):
     from lorambo_adapters.ranks import refit
 
@@ -122,9 +134,10 @@ def test_the_step_is_newtons_on_all_layers_together(transformers, monkeypatch):
     with setting.adapted, frozen(setting.base):
         setting.adapted.cut(factors)
         for i, (layer, (u, v)) in enumerate(zip(setting.layers, factors.values(), strict=True)):
-            mean = setting.folds[layer.name].mean
+            sides = u.float(), v.float(), setting.folds[layer.name].mean.float()
 
-            def scaled(module, args, output, i=i, u=u.float(), v=v.float(), mean=mean.float()):
+            def scaled(module, args, output, i=i, sides=sides):
+                u, v, mean = sides
                 return output + (scales[i] - 1) * ((args[0] - mean) @ v) @ u.T
 
             handles.append(layer.module.register_forward_hook(scaled))

@@ -104,6 +104,7 @@ def extract_calibrated(
     damping: float = 0.1,
     fold: bool = True,
     refit: int = 3,
+    largest_change: float | None = None,
     min_rank: int = 0,
     max_rank: int = 128,
     multiple_of: int = 1,
@@ -182,6 +183,8 @@ def extract_calibrated(
         damping: added to A and to B, relative to the mean eigenvalue of each, >= 0.
         fold: whether biases take up what a cut leaves out, where a layer has one.
         refit: Newton steps, at most; 0 measures no divergence.
+        largest_change: the most that a step changes a singular value by, relative to it, > 0; None
+            for any. Values that hardly matter on the examples can grow many times over.
         min_rank: the least rank of every layer.
         max_rank: the greatest rank of any layer.
         multiple_of: ranks are multiples of this.
@@ -229,7 +232,7 @@ def extract_calibrated(
         ({'0': 1, '2': 0}, True)
     """  # noqa: E501  (a line of the example)
     wanted = parsed(budget)
-    _check(damping, scale)
+    _check(damping, scale, largest_change)
     refit = whole_number(refit, "refit", 0)
     max_rank = whole_number(max_rank, "max_rank", 1)
     options = Options(max_rank, exact_below, tolerance, seed)
@@ -307,8 +310,9 @@ def extract_calibrated(
                         {name: each.mean for name, each in cuts.folds.items()},
                     )
                     factors, divergences = refitted(
-                        subject, factors, batches, steps=refit, seed=seed, advance=advance
-                    )
+                        subject, factors, batches, steps=refit, largest_change=largest_change,
+                        seed=seed, advance=advance,
+                    )  # fmt: skip
                 adapted.cut(factors)
         biases |= {name: bias.to(biases[name]) for name, bias in adapted.biases().items()}
         lost = [
@@ -357,11 +361,13 @@ def extract_calibrated(
     )
 
 
-def _check(damping: float, scale: float) -> None:
+def _check(damping: float, scale: float, largest_change: float | None) -> None:
     if not 0 <= real_number(damping) < math.inf:
         raise ValueError(f"damping: expected a finite number >= 0, got {damping!r}")
     if not (math.isfinite(scale) and scale != 0):
         raise ValueError(f"scale: expected a finite number that is not 0, got {scale!r}")
+    if largest_change is not None and not real_number(largest_change) > 0:
+        raise ValueError(f"largest_change: expected a number above 0, got {largest_change!r}")
 
 
 def _losses(

@@ -88,6 +88,7 @@ def refitted(
     steps: int = 3,
     draws: int | None = None,
     damping: float = 1.0,
+    largest_change: float | None = None,
     seed: int = 0,
     advance: Advance | None = None,
 ) -> Refitted:
@@ -106,6 +107,9 @@ def refitted(
         draws: labels drawn for each prediction; by default so many that there are four times as
             many samples and draws as columns.
         damping: rho, relative to each column's own curvature.
+        largest_change: of a column in one step, relative to it; None: any. A column that hardly
+            matters to these predictions has next to no curvature, and its step may be many times
+            its length, which the divergence here does not show.
         seed: of the draws.
         advance: called after each batch of each pass, `passes(steps)` at most.
 
@@ -124,6 +128,8 @@ def refitted(
         raise ValueError(f"expected finite predictions of both models, got KL {reached[0]}")
     for _ in range(steps):
         change = _step(subject, found, batches, draws, damping, drawn, seed, advance)
+        if largest_change is not None:
+            change = change.clamp(-largest_change, largest_change)
         least, taken = reached[-1], None
         for share in _SHARES:
             scaled = _scaled(found, share * change)
