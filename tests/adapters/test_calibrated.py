@@ -92,6 +92,51 @@ def test_ranks_are_those_of_the_plain_extraction_and_predictions_nearer(transfor
     assert ours.divergences[-1] < models.divergence(tuned, rivals, batches)
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_each_cut_is_the_nearest_in_the_norm_at_the_base(transformers, fold):
+    base = models.bert(transformers).eval()
+    tuned, batches = models.updated(base), models.examples("classes")
+    options = {"fold": fold, "refit": 0, "damping": 0.2, "min_rank": 1}
+    lora = extract_calibrated(base, tuned, batches, "uniform:2", **options)
+    # The base with what the adapter holds besides factors.
+    model = deepcopy(base)
+    names = {f"{name}.bias" for name in lora} | {"classifier.weight", "classifier.bias"}
+    model.load_state_dict({k: t for k, t in tuned.state_dict().items() if k in names}, strict=False)
+    for name in ("bert.encoder.layer.0.attention.self.value", "bert.encoder.layer.1.output.dense"):
+        rows, slopes = [], []
+
+        def keep(module, args, output, rows=rows, slopes=slopes):
+            output.retain_grad()
+            rows.append(args[0].detach())
+            slopes.append(output)
+
+        handle = model.get_submodule(name).register_forward_hook(keep)
+        for batch in batches:
+            (8 * model(**batch).loss).backward()
+        handle.remove()
+        masks = [batch["attention_mask"] == 1 for batch in batches]
+        x = torch.cat([x[m] for x, m in zip(rows, masks, strict=True)]).double()
+        g = torch.cat([y.grad[m] for y, m in zip(slopes, masks, strict=True)]).double()
+        right = torch.cov(x.T, correction=0) if fold else x.T @ x / len(x)
+        roots = []
+        for moment in (g.T @ g / 40, right):
+            added = 0.2 * moment.trace() / len(moment) * torch.eye(len(moment))
+            values, vectors = torch.linalg.eigh(moment + added)
+            roots.append((vectors * values.sqrt()) @ vectors.T)
+        after, before = (m.get_submodule(name).weight.detach() for m in (tuned, base))
+        u, s, vt = torch.linalg.svd(roots[0] @ (after - before).double() @ roots[1])
+        rank = lora[name]
+        nearest = torch.linalg.solve(roots[0], (u[:, :rank] * s[:rank]) @ vt[:rank])
+        nearest = nearest @ torch.linalg.inv(roots[1])
+        a, b = (lora.tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        torch.testing.assert_close((b @ a).double(), nearest, rtol=0, atol=2e-4)
+        bias = tuned.get_submodule(name).bias.detach()
+        if fold:
+            bias = bias + (after - before - b @ a) @ x.float().mean(0)
+        found = lora.tensors[f"base_model.model.{name}.base_layer.bias"]
+        torch.testing.assert_close(found, bias, rtol=0, atol=1e-5)
+
+
 def test_a_whole_rank_leaves_nothing_to_refit(transformers):
     base = models.llama(transformers)
     tuned = models.updated(base)
