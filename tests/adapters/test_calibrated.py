@@ -1,7 +1,9 @@
 """LoRAs extracted from two models by examples: what PEFT loads predicts what was measured."""
 
 import json
+import re
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from lorambo_adapters.ranks.extract import extract_lora  # noqa: E402
 from lorambo_adapters.spectra.fisher import TrueFisher  # noqa: E402
 from lorambo_alloc import uniform_rank  # noqa: E402
 from tests.adapters import calibrated_models as models  # noqa: E402
+from tests.adapters.conftest import quiet  # noqa: E402
 
 KINDS = {models.bert: "classes", models.llama: "lm", models.gpt2: "lm"}
 
@@ -268,3 +271,31 @@ def test_models_of_half_precision(transformers):
     assert lora.captured >= 0.6
     assert {t.dtype for t in lora.tensors.values()} == {torch.bfloat16}
     assert lora.divergences[-1] <= lora.divergences[0]
+
+
+def test_the_guides_example(transformers, peft, tmp_path):
+    guide = Path(__file__).parents[2] / "docs" / "guide" / "tools.md"
+    text = guide.read_text(encoding="utf-8")
+    found = re.search(r"<!-- calibrated extraction -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert found
+    code = found[1].replace('"adapter"', repr(str(tmp_path / "adapter")))
+    base = models.llama(transformers)
+    generator = torch.Generator().manual_seed(0)
+
+    def tokenizer(text, return_tensors):
+        ids = torch.randint(40, (1, len(text)), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    names = {
+        "PeftModel": peft.PeftModel,
+        "base": base,
+        "tuned": models.updated(base),
+        "texts": ["a text", "another text", "and one more"] * 4,
+        "tokenizer": tokenizer,
+    }
+    with quiet():
+        exec(compile(code, "tools.md", "exec"), names)
+    lora = names["lora"]
+    assert lora.parameters[1] == lora.allocation.cost <= lora.allocation.budget
+    assert lora.divergences[-1] < lora.divergences[0]
+    assert lora.path == tmp_path / "adapter"
