@@ -65,6 +65,7 @@ reference_modules = [
     "lorambo_adapters.layers",
     "lorambo_adapters.plan",
     "lorambo_adapters.ranks.calibrated",
+    "lorambo_adapters.ranks.calibrated_result",
     "lorambo_adapters.ranks.compress",
     "lorambo_adapters.ranks.extract",
     "lorambo_adapters.ranks.formats",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lorambo_adapters.ranks.adapter_config import extracted_entries
 from lorambo_adapters.ranks.adapter_writer import adapter_tensors, write_adapter
 from lorambo_adapters.ranks.budgets import Budget, parsed
 from lorambo_adapters.ranks.calibrated_cuts import changed_biases, cut_layers
+from lorambo_adapters.ranks.calibrated_result import CalibratedLora
 from lorambo_adapters.ranks.extract_ranks import captured_share, solved_ranks
 from lorambo_adapters.ranks.extract_targets import other_differences
 from lorambo_adapters.ranks.live_pairs import (
@@ -32,7 +33,6 @@ from lorambo_adapters.ranks.live_pairs import (
     saved_modules,
     saved_tensors,
 )
-from lorambo_adapters.ranks.lora_result import LoraResult
 from lorambo_adapters.ranks.new_folder import check_new
 from lorambo_adapters.ranks.predictions import Wanted, log_probabilities, own_predictions
 from lorambo_adapters.ranks.refit import CutModel, passes, refitted
@@ -56,34 +56,6 @@ from lorambo_adapters.spectra.fisher import (
 from lorambo_adapters.spectra.leading import residual
 from lorambo_alloc.costs import whole_number
 from lorambo_alloc.objectives import real_number
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class CalibratedLora(LoraResult):
-    """An adapter from `extract_calibrated`; sizes are those of the layers' factors.
-
-    Attributes:
-        divergences: KL(tuned || extracted) in nats, mean over the predictions on the calibration
-            examples: before the refit, and after each step of it that was taken. Empty where
-            nothing was refitted.
-        beside: parameters of the biases and saved modules that the adapter also holds.
-    """
-
-    divergences: Sequence[float] = ()
-    beside: int = 0
-
-    def summary(self) -> str:
-        """Sizes, energy, proof and divergence in a few lines."""
-        lines = [super().summary()]
-        if self.beside:
-            lines.append(f"beside      {self.beside:,} parameters of biases and saved modules")
-        if self.divergences:
-            first, last = self.divergences[0], self.divergences[-1]
-            lines.append(
-                f"KL          {first:.4g} -> {last:.4g} nats a prediction on the calibration "
-                f"examples, in {len(self.divergences) - 1} steps"
-            )
-        return "\n".join(lines)
 
 
 def extract_calibrated(
@@ -119,15 +91,16 @@ def extract_calibrated(
     """Turn what fine-tuning changed into a LoRA that predicts as the tuned model does.
 
     `extract_lora` needs two checkpoints and no data, and keeps the most energy. This takes both
-    models and a few calibration examples besides, of the kind that the model is for:
+    models in memory and calibration examples besides, of the kind that the model is for:
 
     1. Ranks keep the most energy of the differences D within the budget (`allocate`, exact).
     2. Each D is cut in the norm |B^1/2 D A^1/2|_F: with x a layer's inputs and g the gradients of
        its outputs at the base model, A = E[x x^T] (k x k) and B = E[g g^T] (d x d), both damped.
        Of all matrices of the layer's rank the cut is the nearest in this norm (Eckart and Young's
        theorem after a change of variables, `WeightedCut`).
-    3. What a cut leaves out, at the inputs' mean m, goes into the layer's bias: (D - B A) m. So no
-       layer's mean output at the base changes by the cut. A is then the moment about the mean.
+    3. What a cut C leaves out at the inputs' mean m goes into the layer's bias, if it has one:
+       (D - C) m. At the inputs that the base has, its mean output is then that with the whole D.
+       There A is the moment about the mean.
     4. The kept singular values are refitted by Newton steps on the divergence from the tuned
        model's predictions, each as large as lowers it on the calibration examples (`refitted`):
        what the cuts of all layers lose together is seen there alone.
@@ -148,8 +121,8 @@ def extract_calibrated(
     they were, after an error too. Both run in evaluation mode, the base with hooks that add the
     update and with the adapter's biases and saved modules in the place of its own.
 
-    **Memory** beyond the two models: 4 (k^2 + d^2) bytes a layer that gets a rank, for its moments
-    (twice that for float64 models); about 8 (2 d k + d^2 + k^2) for one layer while it is cut; the
+    **Memory** beyond the two models: 4 (k^2 + d^2) bytes a layer that gets a rank or a folded bias,
+    for its moments (twice that for float64 models); about 24 (d k + d^2 + k^2) for one layer while it is cut; the
     factors, in float64; 8 M^2 for M ranks in all, while refitting; and the tuned model's
     predictions on the calibration examples, up to a GiB (more is computed anew each time). Weights
     have to be plain: no DTensors. Only models on the CPU have been tried.
@@ -174,8 +147,8 @@ def extract_calibrated(
         targets: linear layers and `Conv1D`, as PEFT's `target_modules`.
         exclude: names that are no target.
         modules_to_save: as PEFT's: modules that the adapter holds whole, as the tuned model has
-            them; they are no targets. None: those named "classifier", "score" and "qa_outputs", if
-            they differ. An empty list: none, and the base's head stays.
+            them; they are no targets. None: those whose names end with "classifier", "score" or
+            "qa_outputs", if they differ. An empty list: none, and the base's head stays.
         fisher: whose labels the gradients are of: "empirical", the data's; "true", drawn from the
             base's predictions, so that no labels are needed; or a `TrueFisher`.
         terms: as in `curvature_factors`.
@@ -208,11 +181,11 @@ def extract_calibrated(
         InfeasibleError: the least ranks cost more than the budget (a `ValueError`).
 
     Warns:
-        UserWarning: no gradient reached some layers; they are cut as if B were the identity.
+        UserWarning: no gradient reached some layers; they are cut plainly.
 
     References:
-        Eckart, Young, Psychometrika 1, 1936; Mirsky 1960, theorem 2 (`WeightedCut`). Martens,
-        Grosse, ICML 2015 (A and B). Hsu et al.: Language model compression with weighted low-rank
+        Eckart, Young, Psychometrika 1, 1936 (the cut: `WeightedCut`). Martens, Grosse, ICML 2015 (A
+        and B). Amari 1998 (the refit: `refitted`). Hsu et al.: Language model compression with weighted low-rank
         factorization. ICLR 2022, and Wang et al.: SVD-LLM. ICLR 2025 (truncation in norms of
         gradients and of inputs).
 

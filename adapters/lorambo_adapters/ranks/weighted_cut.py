@@ -32,7 +32,7 @@ class WeightedCut:
     matrix L^T D R has the singular values of B^1/2 D A^1/2, and what is nearest to it of rank r
     is L^T C R for the C that is nearest to D in the norm.
 
-    Memory: about 8 (2 d k + d^2 + k^2) bytes while it is made.
+    Memory: at most about 24 (d k + d^2 + k^2) bytes while it is made.
 
     Args:
         difference: D, d x k.
@@ -50,8 +50,8 @@ class WeightedCut:
 
     References:
         Eckart, Young: The approximation of one matrix by another of lower rank. Psychometrika 1,
-        1936, and Mirsky: Symmetric gauge functions and unitarily invariant norms. Q. J. Math. 11,
-        1960, theorem 2 (the best of rank r), after a change of variables.
+        1936; Golub, Van Loan: Matrix computations, 4th edition, 2013, theorem 2.4.8 (for the
+        spectral norm); here after a change of variables.
 
     Example:
         >>> import torch
