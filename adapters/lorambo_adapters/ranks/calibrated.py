@@ -129,7 +129,8 @@ def extract_calibrated(
 
     **Time**: one pass forward and backward at the base, and for each step of the refit one with
     1 + draws backward passes (`refitted`) and four forward; a Cholesky and an eigendecomposition in
-    float64 a layer.
+    float64 a layer. On one core, shared with other work, that was 104 s for MiniLM (192 snippets, 33
+    ranks in all) and 27 minutes for Gemma 3 270M (64 windows of 64 tokens, 126 ranks).
 
     Args:
         base: the model that the adapter will be loaded onto.
