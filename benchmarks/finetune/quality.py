@@ -14,6 +14,7 @@ as solvers of this problem; it says nothing of a model's quality.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -107,7 +108,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Compute, print the table, write the JSON after every spectrum."""
+    """Compute, print the table, write the JSON after every spectrum; others' rows stay."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.finetune quality")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--sources", nargs="+", default=list(SOURCES), choices=SOURCES)
@@ -115,10 +116,14 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
+    if options.output.exists():
+        rows = json.loads(options.output.read_text(encoding="utf-8"))["rows"]
     for model in options.models:
         task = local_task(model)
         for source in options.sources:
+            rows = [row for row in rows if (row["model"], row["source"]) != (model, source)]
             rows += rows_of(task, source)
+            rows.sort(key=lambda row: (MODELS.index(row["model"]), SOURCES.index(row["source"])))
             write_json(options.output, rows, ranks=list(RANKS), rules=list(RULES), seed=0)
     print(table(rows))
 

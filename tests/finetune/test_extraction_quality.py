@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,3 +37,19 @@ def test_an_unknown_source_is_refused() -> None:
     task: Any = TinyTask()
     with pytest.raises(ValueError, match="source: expected one of weights"):
         quality.real_spectra(task, "dreams")
+
+
+def test_rows_of_other_sources_stay(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "local_task", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(quality, "table", lambda rows: "")
+    turns = iter("abc")
+
+    def rows_of(task: Any, source: str) -> list[dict[str, str]]:
+        return [{"model": task.name, "source": source, "made": next(turns)}]
+
+    monkeypatch.setattr(quality, "rows_of", rows_of)
+    output = tmp_path / "quality.json"
+    for model, source in (("gemma", "gradient"), ("minilm", "weights"), ("gemma", "gradient")):
+        quality.main(["--models", model, "--sources", source, "--output", str(output)])
+    found = [(row["model"], row["made"]) for row in json.loads(output.read_text())["rows"]]
+    assert found == [("minilm", "b"), ("gemma", "c")]
