@@ -31,6 +31,20 @@ from lorambo_alloc.storage import replacing
 TASKS = ("minilm", "mpnet", "gemma")
 BASELINES = ("uniform", "mlp_only")
 MODELS = {"minilm": "MiniLM", "mpnet": "MPNet", "gemma": "Gemma 3 270M"}
+ARMS = {
+    "gradient_warm": "gradient",
+    "gradient": "gradient",
+    "kfac_warm": "K-FAC",
+    "kfac": "K-FAC",
+    "coupled_warm": "coupled",
+    "mlp_only": "MLPs only",
+    "eva": "EVA",
+    "gora": "GoRA",
+    "both_two": "gradient, online",
+    "online_two": "online",
+    "full": "full fine-tune",
+    "head": "head alone",
+}
 RULES = {
     PLAIN.label: "plain, uniform ranks",
     ENERGY.label: "plain, best ranks",
@@ -38,7 +52,13 @@ RULES = {
     DEFAULT.label: "the same, refitted (default)",
     FIT_ALONE.label: "plain, uniform ranks, folded and refitted",
 }
-"""What readers call the rules that are tested."""
+"""What readers call the arms and rules that are tested."""
+
+
+def arm_name(arm: str) -> str:
+    """What readers call an arm: of a control, what was done to which ranks."""
+    kind, _, of = arm.rpartition(":")
+    return f"{kind} {ARMS.get(of, of)}".strip()
 
 
 def training(results: Results) -> dict[str, Any]:
@@ -58,7 +78,7 @@ def first_ranks(results: Results) -> dict[str, dict[str, dict[str, int]]]:
     found: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
     for run, result in sorted(results.items(), key=lambda item: (item[0].rank, item[0])):
         if run.split == "test" and result["ranks"] is not None and run.arm != "uniform":
-            found[run.task].setdefault(run.arm, result["ranks"])
+            found[run.task].setdefault(arm_name(run.arm), result["ranks"])
     return found
 
 
@@ -116,7 +136,7 @@ def pictures(summary: Mapping[str, Any], folder: Path) -> None:
     shown = [
         (
             f"{MODELS[task]}, budget of rank {row['rank']}",
-            row["arm"],
+            arm_name(row["arm"]),
             *row["difference"],
         )
         for task, by_baseline in summary["training"].items()

@@ -107,7 +107,7 @@ def extract_calibrated(
 
     On MiniLM and Gemma 3 270M, loaded onto the base, an adapter made so had at rank 1 a lower
     held-out loss than one of plain truncation at rank 4 (development examples, one fine-tune each:
-    `benchmarks/README.md`, `python -m benchmarks.finetune extraction search`). Which of the four
+    `benchmarks/finetune/README.md`, `python -m benchmarks.finetune extraction search`). Which of the four
     steps that is due to differs: on MiniLM the refit alone, with uniform ranks, did as well.
 
     **The adapter** holds the factors of the layers that have a rank; biases of the targets, those
