@@ -1,0 +1,117 @@
+"""The summary of what was tested: pairs of cuts, names, and the files."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from benchmarks.finetune import summary
+from benchmarks.finetune.protocol import protocol
+from benchmarks.finetune.rules import DEFAULT, PLAIN
+from benchmarks.finetune.runs import Run
+
+
+def packed(losses: Any) -> str:
+    return base64.b64encode(np.asarray(losses, dtype="<f4").tobytes()).decode()
+
+
+def cut(label: str, rank: int | None, seed: int, losses: Any, **more: Any) -> dict[str, Any]:
+    row = {
+        "model": "gemma",
+        "kind": "full",
+        "seed": seed,
+        "split": "test",
+        "others": "base",
+        "examples": len(losses),
+        "label": label,
+        "loss": float(np.mean(losses)),
+        "accuracy": None,
+        "kl": 0.5,
+        "losses": packed(losses),
+    }
+    if rank is not None:
+        row |= {"uniform_rank": rank, "budget": 10 * rank, "seconds": 1.0}
+    return row | more
+
+
+def cuts() -> list[dict[str, Any]]:
+    plain = np.arange(8.0)
+    return [
+        cut("tuned", None, 0, plain),
+        *(cut(PLAIN.label, 4, seed, plain + seed) for seed in (0, 1)),
+        *(cut(DEFAULT.label, 1, seed, plain + seed - 0.25 - seed / 2) for seed in (0, 1)),
+        cut(DEFAULT.label, 1, 0, plain + 99, split="dev"),
+        cut(DEFAULT.label, 1, 0, plain + 99, others="tuned"),
+    ]
+
+
+def test_cuts_are_paired_by_fine_tune_and_example() -> None:
+    found = summary.extraction(cuts())
+    (pair,) = found["pairs"]
+    assert (pair["label"], pair["rank"], pair["plain_rank"]) == (DEFAULT.label, 1, 4)
+    assert pair["fine_tunes"] == 2
+    mean, low, high = pair["difference"]
+    assert mean == pytest.approx(-0.5)
+    assert (low, high) == pytest.approx((-0.75, -0.25))  # both fine-tunes drawn alike
+    means = {(row["label"], row["rank"]): row for row in found["means"]}
+    assert means[DEFAULT.label, 1]["loss"] == pytest.approx(3.5 + 0.5 - 0.5)
+    assert means[DEFAULT.label, 1]["parameters"] == 10
+    assert means["tuned", None]["parameters"] is None
+    table = summary.extraction_table(found)
+    assert "| 3.5000 / 0.500 | -0.5000 [-0.7500, -0.2500] " in table
+    assert "the same, refitted (default)" in table
+
+
+@pytest.mark.parametrize(
+    ("arm", "name"),
+    [
+        ("gradient_warm", "gradient"),
+        ("inverted:gradient_warm", "inverted gradient"),
+        ("gora", "GoRA"),
+        ("of tomorrow", "of tomorrow"),
+    ],
+)
+def test_readers_are_given_names(arm: str, name: str) -> None:
+    assert summary.arm_name(arm) == name
+
+
+def test_the_summary_holds_what_was_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    stamp = protocol("minilm").stamp
+    ranks = {"encoder.0.query": 1, "encoder.1.query": 2}
+    runs = {
+        Run("minilm", arm, rank, 1e-3, seed, split): {
+            "protocol": stamp,
+            "losses": packed(np.arange(4.0) - shift),
+            "loss": 1.5 - shift,
+            "accuracy": 0.5,
+            "parameters": 3,
+            "ranks": {name: rank * value for name, value in ranks.items()},
+            "seconds": {"measure": 1.0, "train": 4.0, "online": None, "evaluate": 1.0},
+        }
+        for arm, shift in (("uniform", 0.0), ("kfac_warm", 0.5))
+        for rank in (1, 2)
+        for seed in (0, 1)
+        for split in ("dev", "test")
+    }
+    monkeypatch.setattr(summary, "finished", lambda: runs)
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune" / "extraction.json").write_text(json.dumps({"rows": cuts()}))
+    output = tmp_path / "summary.json"
+    summary.main(["--output", str(output)])
+    found = json.loads(output.read_text())
+    (ours, *_) = (row for row in found["training"]["minilm"]["uniform"] if row["difference"])
+    assert (ours["arm"], ours["rank"], ours["seeds"]) == ("kfac_warm", 1, [0, 1])
+    assert ours["difference"] == pytest.approx([-0.5, -0.5, -0.5])
+    assert found["training"]["gemma"] == {"uniform": [], "mlp_only": []}
+    assert found["ranks"] == {"minilm": {"K-FAC": ranks}}
+    for name in ("training", "extraction", "ranks_minilm"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
