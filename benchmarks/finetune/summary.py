@@ -46,11 +46,11 @@ ARMS = {
     "head": "head alone",
 }
 RULES = {
-    PLAIN.label: "plain, uniform ranks",
-    ENERGY.label: "plain, best ranks",
-    UNFITTED.label: "K-FAC cut, best ranks, folded",
-    DEFAULT.label: "the same, refitted (default)",
-    FIT_ALONE.label: "plain, uniform ranks, folded and refitted",
+    PLAIN.label: "plain",
+    ENERGY.label: "best ranks",
+    UNFITTED.label: "curvature",
+    DEFAULT.label: "default",
+    FIT_ALONE.label: "refit alone",
 }
 """What readers call the arms and rules that are tested."""
 
@@ -67,7 +67,9 @@ def training(results: Results) -> dict[str, Any]:
     for task in TASKS:
         check_protocol(results, task, protocol(task).stamp)
         found[task] = {
-            baseline: [asdict(row) for row in rows(results, task, baseline)]
+            baseline: [
+                {"name": arm_name(row.arm), **asdict(row)} for row in rows(results, task, baseline)
+            ]
             for baseline in BASELINES
         }
     return found
@@ -101,6 +103,7 @@ def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "model": model,
                 "kind": kind,
                 "label": label,
+                "name": RULES.get(label, label),
                 "rank": rank,
                 "parameters": found[0].get("budget"),
                 "fine_tunes": len(found),
@@ -120,6 +123,7 @@ def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                         "model": model,
                         "kind": kind,
                         "label": label,
+                        "name": RULES.get(label, label),
                         "rank": rank,
                         "plain_rank": other,
                         "fine_tunes": len(seeds),
@@ -148,7 +152,7 @@ def pictures(summary: Mapping[str, Any], folder: Path) -> None:
     cuts = [
         (
             f"{MODELS[pair['model']]}, {_SOURCES[pair['kind']]}: rank 1 less plain rank 4",
-            RULES.get(pair["label"], pair["label"]),
+            pair["name"],
             *pair["difference"],
         )
         for pair in summary["extraction"]["pairs"]

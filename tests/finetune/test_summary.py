@@ -66,7 +66,7 @@ def test_cuts_are_paired_by_fine_tune_and_example() -> None:
     assert means["tuned", None]["parameters"] is None
     table = summary.extraction_table(found)
     assert "| 3.5000 / 0.500 | -0.5000 [-0.7500, -0.2500] " in table
-    assert "the same, refitted (default)" in table
+    assert "| default " in table
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,7 @@ def test_the_summary_holds_what_was_tested(tmp_path: Path, monkeypatch: pytest.M
     found = json.loads(output.read_text())
     (ours, *_) = (row for row in found["training"]["minilm"]["uniform"] if row["difference"])
     assert (ours["arm"], ours["rank"], ours["seeds"]) == ("kfac_warm", 1, [0, 1])
+    assert ours["name"] == "K-FAC"
     assert ours["difference"] == pytest.approx([-0.5, -0.5, -0.5])
     assert found["training"]["gemma"] == {"uniform": [], "mlp_only": []}
     assert found["ranks"] == {"minilm": {"K-FAC": ranks}}
