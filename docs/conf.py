@@ -102,7 +102,7 @@ reference_left_out = {
     "lorambo_adapters.ranks.refit": ["passes"],
     "lorambo_adapters.spectra.curvature": ["add_terms"],
     "lorambo_adapters.spectra.directions": ["first_dimension"],
-    "lorambo_adapters.spectra.fisher": ["FisherLoss", "labelled_logits", "same_number"],
+    "lorambo_adapters.spectra.fisher": ["FisherLoss", "compared", "labelled_logits", "same_number"],
     "lorambo_adapters.spectra.low_rank": ["misfits", "pair_of", "refuse", "weighted_core"],
     "lorambo_adapters.spectra.probe": ["cycled"],
     "lorambo_adapters.spectra.sketcher": ["positive_scale"],

@@ -13,6 +13,7 @@ the caller's loss is a mean or a sum cannot then change the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -259,44 +260,82 @@ def labelled_logits(
     if not hasattr(batch, "keys") or batch.get("labels") is None:
         raise ValueError("batch: without loss_fn, expected a mapping with labels, got none")
     outputs: Any = model(**batch)
+    found = compared(model, batch, outputs)
+    if found is None:
+        raise ValueError(
+            "expected model(**batch).loss to be the mean cross entropy of its logits and the "
+            "labels, got another loss; pass a loss_fn (and terms)"
+        )
+    return outputs.loss, *found
+
+
+def compared(
+    model: torch.nn.Module, batch: Any, outputs: Any
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The logits that a model has compared with the batch's labels, and which of them have one.
+
+    None where the loss is not the mean cross entropy of these: to 1e-4, or to four roundings of
+    the type that the model has computed it in (encoders' heads do so in half precision).
+
+    Raises:
+        ValueError: no label counts.
+    """
     loss, logits, labels = outputs.loss, outputs.logits, batch["labels"]
-    if not labels.is_floating_point() and bool((labels == _IGNORED).all()):
+    whole = not labels.is_floating_point()
+    if whole and _none(labels):
         raise ValueError("batch: expected at least one label that is not -100, got none")
     own = float(loss.detach())
+    if whole and labels.ndim == 2 and math.isnan(own) and _none(labels[:, 1:]):
+        raise ValueError(
+            "batch: expected a label after the first token, which a language model does not "
+            "predict, got none; leave texts of one token out"
+        )
     found: list[tuple[float, torch.Tensor, torch.Tensor]] = []
     pairs = [(logits, labels)]
     if labels.ndim == 2:
         pairs.append((logits[:, :-1], labels[:, 1:]))
     for predicted, wanted in pairs:
-        if predicted.ndim < 2 or predicted.shape[:-1] != wanted.shape or wanted.is_floating_point():
+        if predicted.ndim < 2 or predicted.shape[:-1] != wanted.shape or not whole or _none(wanted):
             continue
         wanted = wanted.to(predicted.device)
         mean = torch.nn.functional.cross_entropy(
             predicted.detach().float().flatten(0, -2), wanted.flatten(), ignore_index=_IGNORED
         )
         found.append((abs(float(mean) - own), predicted, wanted != _IGNORED))
+    nearest = max(_AGREEMENT, 4 * torch.finfo(loss.dtype).eps) * max(1.0, abs(own))
     distance, predicted, counted = min(found, key=lambda each: each[0], default=(1e9, loss, loss))
-    if not distance <= _AGREEMENT * max(1.0, abs(own)):
-        raise ValueError(
-            "expected model(**batch).loss to be the mean cross entropy of its logits and the "
-            "labels, got another loss; pass a loss_fn (and terms)"
-        )
-    if len(found) == 2 and max(each[0] for each in found) <= _AGREEMENT * max(1.0, abs(own)):
+    if not distance <= nearest:
+        return None
+    if len(found) == 2 and max(each[0] for each in found) <= nearest:
         # The values do not tell: a head of zeros gives log V for any label.
-        _, predicted, counted = found[_is_shifted(loss, logits, found[0][2], found[1][2])]
-    return loss, predicted, counted
+        if loss.requires_grad:
+            shifted = _is_shifted(loss, logits, found[0][2], found[1][2])
+        else:
+            shifted = _leaves_out_the_first(model, batch)
+        _, predicted, counted = found[shifted]
+    return predicted, counted
+
+
+def _none(labels: torch.Tensor) -> bool:
+    return bool((labels == _IGNORED).all())
 
 
 def _is_shifted(
     loss: torch.Tensor, logits: torch.Tensor, here: torch.Tensor, following: torch.Tensor
 ) -> bool:
     """Whether no label is compared with the logits at its own place, by the loss's gradient."""
-    if not loss.requires_grad:
-        return True  # no pass backwards follows
     (slope,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
     # The last of some labelled tokens is followed by none, so there is such a place.
     own = here & ~torch.nn.functional.pad(following, (0, 1))
     return slope is None or not bool(slope[own.to(slope.device)].any())
+
+
+def _leaves_out_the_first(model: torch.nn.Module, batch: Any) -> bool:
+    """Whether a label of the first token alone is compared with nothing, by another pass."""
+    labels = torch.full_like(batch["labels"], _IGNORED)
+    labels[0, 0] = batch["labels"].max()
+    value = float(model(**{**batch, "labels": labels}).loss)
+    return not math.isfinite(value) or value == 0
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
