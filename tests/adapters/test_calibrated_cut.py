@@ -139,3 +139,67 @@ def test_moments_are_those_of_what_the_hooks_see(transformers):
         close = {"rtol": 1e-3, "atol": 1e-5 * scale}
         torch.testing.assert_close(moments.gradients, g.T @ g / 40, **close)
         model.zero_grad()
+
+
+def summed(parts):
+    """What `centred_sums` makes of these batches in a layer, in the parts' type."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3).to(parts[0].dtype)
+    model = torch.nn.Sequential(layer)
+    losses = FisherLoss(lambda m, b: m(b).square().sum(1), "empirical", None)
+    sums = centred_sums(model, find_layers(model, ["0"]), parts, losses, mask=lambda batch: None)
+    return sums.take("0")
+
+
+def test_a_mean_many_times_the_spread_does_not_cancel():
+    generator = torch.Generator().manual_seed(0)
+    x = 1e4 + torch.randn(4, 64, 4, generator=generator)
+    x[..., 0] -= x[..., 1] - 1e4
+    single, double = (summed(list(x.to(t))) for t in (torch.float32, torch.float64))
+    exact = torch.cov(x.double().flatten(0, 1).T, correction=0)
+    torch.testing.assert_close(double.centred, exact, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(single.centred, exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(single.mean, x.double().flatten(0, 1).mean(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(single.inputs, double.inputs, rtol=1e-7, atol=0)
+
+
+class Branches(torch.nn.Module):
+    """Two layers with one input in some batches and with two in others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+
+    def forward(self, x, y):
+        return self.a(x) + self.b(y)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 1), (1, 0, 0), (0, 1, 0), (1, 1, 0)])
+def test_layers_that_share_an_input_at_times(order):
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(x, x) if one else (x, y) for one, (x, y) in zip(
+        order, 50 + torch.randn(3, 2, 16, 4, generator=generator), strict=True)]  # fmt: skip
+    model = Branches()
+    losses = FisherLoss(lambda m, b: m(*b).square().sum(1), "empirical", None)
+    layers = find_layers(model, ["a", "b"])
+    sums = centred_sums(model, layers, pairs, losses, mask=lambda batch: None)
+    for name, rows in zip("ab", map(torch.cat, zip(*pairs, strict=True)), strict=True):
+        moments = sums.take(name)
+        exact = torch.cov(rows.double().T, correction=0)
+        torch.testing.assert_close(moments.centred, exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moments.mean, rows.double().mean(0), rtol=1e-7, atol=1e-7)
+    with pytest.raises(NotImplementedError):
+        sums.accumulators()
+
+
+def test_sums_of_rounded_numbers_can_be_cut_without_damping():
+    difference = drawn(12, 40)[0]
+    generator = torch.Generator().manual_seed(0)
+    rows = 100 * torch.randn(200, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
+    moment = (rows.T @ rows / 200).double()
+    with pytest.raises(ValueError, match=r"positive definite with damping 0\.0.*larger damping"):
+        WeightedCut(difference, None, moment)
+    rounding = torch.finfo(torch.float32).eps
+    cut = WeightedCut(difference, None, moment, rounding=rounding)
+    assert all(bool(torch.isfinite(side).all()) for side in cut.factors(2))

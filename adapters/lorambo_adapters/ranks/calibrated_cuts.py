@@ -81,7 +81,8 @@ def cut_layers(
         advance: called after each batch.
 
     Raises:
-        ValueError: a moment is not finite, or the loss not what it should be.
+        ValueError: a moment is not finite, or with its damping not positive definite; or the loss
+            is not what it should be.
     """
     needed = [p for p in pairs if p.before.name in ranks or folded[p.before.name]]
     layers = [pair.before for pair in needed]
@@ -106,8 +107,12 @@ def cut_layers(
             folds[name] = Fold(bias, change, moments.mean)
         if name in ranks:
             inputs = moments.centred if folded[name] else moments.inputs
-            cut = WeightedCut(
-                difference, moments.gradients, inputs, damping=damping, most=ranks[name]
-            )
+            try:
+                cut = WeightedCut(
+                    difference, moments.gradients, inputs, damping=damping, most=ranks[name],
+                    rounding=moments.rounding,
+                )  # fmt: skip
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}: {error}") from None
             factors[name] = cut.factors(ranks[name])
     return Cuts(factors, folds, [name for name in ranks if name not in sums.reached])

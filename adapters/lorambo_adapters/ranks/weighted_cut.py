@@ -41,12 +41,15 @@ class WeightedCut:
         damping: of either, relative to its mean eigenvalue; 1e-9 at least. A moment of zeros
             counts as the identity.
         most: the greatest rank that is kept.
+        rounding: of the sums that the moments are of, relative: so much of the trace is added at
+            least, for sums of finite precision need not be positive definite.
 
     Attributes:
         values: the singular values of B^1/2 D A^1/2, descending, in float64.
 
     Raises:
-        ValueError: a moment is not of the difference's shape.
+        ValueError: a moment is not of the difference's shape, or not positive definite when it is
+            damped.
 
     References:
         Eckart, Young: The approximation of one matrix by another of lower rank. Psychometrika 1,
@@ -70,6 +73,7 @@ class WeightedCut:
         *,
         damping: float = 0.0,
         most: int | None = None,
+        rounding: float = 0.0,
     ) -> None:
         for moment, size, which in zip((left, right), difference.shape, "BA", strict=True):
             if moment is not None and moment.shape != (size, size):
@@ -77,7 +81,7 @@ class WeightedCut:
                     f"expected {which} of shape {(size, size)}, got {tuple(moment.shape)}"
                 )
         lower, other = (
-            None if moment is None else _root(moment, damping) for moment in (left, right)
+            None if moment is None else _root(moment, damping, rounding) for moment in (left, right)
         )
         matrix = difference.double()
         matrix = matrix if lower is None else lower.T @ matrix
@@ -137,12 +141,18 @@ def _leading(matrix: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tenso
     return (u, values, v) if flat is matrix else (v, values, u)
 
 
-def _root(moment: torch.Tensor, damping: float) -> torch.Tensor:
+def _root(moment: torch.Tensor, damping: float, rounding: float) -> torch.Tensor:
     """The lower Cholesky factor of the damped moment."""
     moment = moment.double()
     mean = float(moment.trace()) / len(moment)
-    added = max(damping, 1e-9) * mean or 1.0
-    return torch.linalg.cholesky(moment + added * torch.eye(len(moment)).to(moment))
+    added = max(damping, rounding * len(moment), 1e-9) * mean or 1.0
+    root, failed = torch.linalg.cholesky_ex(moment + added * torch.eye(len(moment)).to(moment))
+    if int(failed):
+        raise ValueError(
+            f"expected a moment that is positive definite with damping {damping!r}, got another; "
+            "give a larger damping"
+        )
+    return root
 
 
 def _solved(root: torch.Tensor | None, columns: torch.Tensor) -> torch.Tensor:
