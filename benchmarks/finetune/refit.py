@@ -58,7 +58,6 @@ def refitted(
         cut,
         predict,
         targets.__getitem__,
-        lambda batch: batch.get("attention_mask"),
         centres,
     )
     found = refit.refitted(

@@ -20,6 +20,9 @@ from lorambo_alloc import uniform_rank  # noqa: E402
 from tests.adapters import calibrated_models as models  # noqa: E402
 from tests.adapters.conftest import quiet  # noqa: E402
 
+# Few and short examples, so that the tests are quick.
+pytestmark = pytest.mark.filterwarnings("ignore:.*singular values are refitted:UserWarning")
+
 KINDS = {models.bert: "classes", models.llama: "lm", models.gpt2: "lm"}
 
 

@@ -12,6 +12,9 @@ from lorambo_alloc import InfeasibleError  # noqa: E402
 from tests.adapters import calibrated_models as models  # noqa: E402
 from tests.adapters.conftest import quiet  # noqa: E402
 
+# Few and short examples, so that the tests are quick.
+pytestmark = pytest.mark.filterwarnings("ignore:.*singular values are refitted:UserWarning")
+
 
 class Snapshot:
     """All that a caller could notice of a model, compared to the bit."""
@@ -66,14 +69,15 @@ def test_the_models_are_as_they_were(transformers, tmp_path, make):
     assert not memory & {t.untyped_storage().data_ptr() for t in first.tensors.values()}
 
 
-@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize("moment", range(7))
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, RuntimeError])
 def test_an_interruption_leaves_nothing_behind(transformers, tmp_path, moment, kind):
     base = in_use(models.bert(transformers))
     tuned, batches = models.updated(base), models.examples("classes", 2)
     before = Snapshot(base), Snapshot(tuned)
-    # At the base, after the first cut, in a step, between steps, in the tuned model.
-    calls = {0: 0, 1: 2, 2: 5, 3: 6, 4: 9, 5: 1}[moment]
+    # When the two are compared, at the base, after the first cut, in a step, between steps, in the
+    # tuned model.
+    calls = {0: 0, 1: 1, 2: 3, 3: 6, 4: 7, 5: 10, 6: 2}[moment]
     count = [0]
 
     def stop(*_):
@@ -81,7 +85,7 @@ def test_an_interruption_leaves_nothing_behind(transformers, tmp_path, moment, k
         if count[0] > calls:
             raise kind
 
-    victim = tuned if moment == 5 else base
+    victim = tuned if moment == 6 else base
     handle = victim.register_forward_pre_hook(stop)
     with pytest.raises(kind):
         extract_calibrated(base, tuned, batches, "uniform:1", tmp_path / "out")

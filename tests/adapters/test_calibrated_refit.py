@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch", reason="torch is absent: pip install 'loram
 
 from lorambo_adapters.ranks import predictions  # noqa: E402
 from lorambo_adapters.ranks.adapted_base import AdaptedBase  # noqa: E402
+from lorambo_adapters.ranks.calibrated import extract_calibrated  # noqa: E402
 from lorambo_adapters.ranks.live_pairs import pairs_of  # noqa: E402
 from lorambo_adapters.ranks.predictions import (  # noqa: E402
     Wanted,
@@ -16,7 +17,7 @@ from lorambo_adapters.ranks.predictions import (  # noqa: E402
 )
 from lorambo_adapters.ranks.refit import CutModel, passes, refitted  # noqa: E402
 from lorambo_adapters.ranks.weighted_cut import Fold, WeightedCut  # noqa: E402
-from lorambo_adapters.spectra.batches import attention_masks, frozen  # noqa: E402
+from lorambo_adapters.spectra.batches import frozen  # noqa: E402
 from tests.adapters import calibrated_models as models  # noqa: E402
 
 TARGETS = r".*(query|value|intermediate\.dense|[qv]_proj|up_proj)"
@@ -59,7 +60,6 @@ class Setting:
             self.adapted.cut,
             lambda batch: log_probabilities(self.predict, self.base, batch),
             Wanted(self.predict, self.tuned, self.batches),
-            attention_masks(self.base, self.layers),
             {name: fold.mean for name, fold in self.folds.items()},
         )
         with frozen(self.base), self.adapted:
@@ -157,6 +157,52 @@ def test_the_step_is_newtons_on_all_layers_together(transformers, monkeypatch):
     cosine = torch.nn.functional.cosine_similarity(taken[0], wanted, dim=0)
     assert float(cosine) > 0.99
     assert float(taken[0].norm() / wanted.norm()) == pytest.approx(1, abs=0.1)
+
+
+class MeanPool(torch.nn.Module):
+    """Averages over all tokens, padding too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(40, 8)
+        self.first, self.last = torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.last(torch.tanh(self.first(self.table(input_ids))).mean(1))
+
+
+def test_the_slope_is_that_of_the_divergence_where_padding_counts(monkeypatch):
+    from lorambo_adapters.ranks import refit
+
+    base = MeanPool().double()
+    tuned, batches = models.updated(base, 1.0), models.examples("classes", labelled=False)
+    for batch in batches:
+        batch["attention_mask"][:, 3:] = 0
+    found = {}
+
+    def step(subject, factors, batches, *rest):
+        def divergence(name, change):
+            u, v = factors[name]
+            subject.cut({**factors, name: (u * (1 + change), v)})
+            return refit._divergence(subject, batches, lambda *_: None)
+
+        for name in factors:
+            up, down = (divergence(name, change) for change in (1e-4, -1e-4))
+            found[name] = (up[0] - down[0]) / 2e-4 * up[1]
+        subject.cut(factors)
+        solve = torch.linalg.solve
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.linalg, "solve", lambda c, b: found.update(b=-b) or solve(c, b))
+            return own(subject, factors, batches, *rest)
+
+    own = refit._step
+    monkeypatch.setattr(refit, "_step", step)
+    extract_calibrated(
+        base, tuned, batches, "uniform:1", predict=lambda m, b: m(**b), fisher="true",
+        targets=["first", "last"], min_rank=1, refit=1,
+    )  # fmt: skip
+    assert found["b"].tolist() == pytest.approx([found["first"], found["last"]], rel=1e-5)
 
 
 def test_predictions_beyond_what_is_kept_are_computed_anew(transformers, monkeypatch):

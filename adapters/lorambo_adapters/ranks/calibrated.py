@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from lorambo_adapters.ranks.adapted_base import AdaptedBase
 from lorambo_adapters.ranks.adapter_config import extracted_entries
 from lorambo_adapters.ranks.adapter_writer import adapter_tensors, write_adapter
 from lorambo_adapters.ranks.budgets import Budget, parsed
+from lorambo_adapters.ranks.calibrated_checks import check_numbers, fisher_loss, warn_few
 from lorambo_adapters.ranks.calibrated_cuts import changed_biases, cut_layers
 from lorambo_adapters.ranks.calibrated_result import CalibratedLora
 from lorambo_adapters.ranks.extract_ranks import captured_share, solved_ranks
@@ -34,7 +34,12 @@ from lorambo_adapters.ranks.live_pairs import (
     saved_tensors,
 )
 from lorambo_adapters.ranks.new_folder import check_new
-from lorambo_adapters.ranks.predictions import Wanted, log_probabilities, own_predictions
+from lorambo_adapters.ranks.predictions import (
+    Wanted,
+    check_alike,
+    log_probabilities,
+    own_predictions,
+)
 from lorambo_adapters.ranks.refit import CutModel, passes, refitted
 from lorambo_adapters.spectra.batches import (
     MaskOf,
@@ -45,17 +50,9 @@ from lorambo_adapters.spectra.batches import (
 from lorambo_adapters.spectra.decompose import is_exact
 from lorambo_adapters.spectra.extraction import Options, extract
 from lorambo_adapters.spectra.factors import warn_silent
-from lorambo_adapters.spectra.fisher import (
-    Fisher,
-    FisherLoss,
-    LossFn,
-    Predict,
-    Terms,
-    TrueFisher,
-)
+from lorambo_adapters.spectra.fisher import Fisher, LossFn, Predict, Terms
 from lorambo_adapters.spectra.leading import residual
 from lorambo_alloc.costs import whole_number
-from lorambo_alloc.objectives import real_number
 
 
 def extract_calibrated(
@@ -95,26 +92,35 @@ def extract_calibrated(
 
     1. Ranks keep the most energy of the differences D within the budget (`allocate`, exact).
     2. Each D is cut in the norm |B^1/2 D A^1/2|_F: with x a layer's inputs and g the gradients of
-       its outputs at the base model, A = E[x x^T] (k x k) and B = E[g g^T] (d x d), both damped.
-       Of all matrices of the layer's rank the cut is the nearest in this norm (Eckart and Young's
+       its outputs, A = E[x x^T] (k x k) and B = E[g g^T] (d x d), both damped. They are measured
+       at the base's weights, with the biases and the head that the adapter holds, the tuned
+       model's, in the place of its own. Of all matrices of the layer's rank the cut is the nearest in this norm (Eckart and Young's
        theorem after a change of variables, `WeightedCut`).
     3. What a cut C leaves out at the inputs' mean m goes into the layer's bias, if it has one:
-       (D - C) m. At the inputs that the base has, its mean output is then that with the whole D.
-       There A is the moment about the mean.
+       (D - C) m. At the inputs of step 2 its mean output is then that with the whole D. There A is
+       the moment about the mean.
     4. The kept singular values are refitted by Newton steps on the divergence from the tuned
        model's predictions, each as large as lowers it on the calibration examples (`refitted`):
        what the cuts of all layers lose together is seen there alone.
 
-    On MiniLM and Gemma 3 270M, loaded onto the base, an adapter made so had at rank 1 a lower
-    held-out loss than one of plain truncation at rank 4 (development examples, one fine-tune each:
-    `benchmarks/finetune/README.md`, `python -m benchmarks.finetune extraction search`). Which of the four
-    steps that is due to differs: on MiniLM the refit alone, with uniform ranks, did as well.
+    **How near that comes**, loaded onto the base (development examples, one fine-tune each:
+    `benchmarks/finetune/README.md`, `python -m benchmarks.finetune extraction search`): rank 1 had
+    a lower held-out loss than plain truncation at rank 4 on MiniLM (0.531 against 0.549), MPNet
+    (0.227, 0.244) and Gemma 3 270M (3.992, 4.015). KL from the tuned model's predictions was lower
+    on MiniLM (0.134 against 0.173) and Gemma (0.172, 0.183), and higher on MPNet (0.037, 0.009).
+    Where MiniLM has all other tensors of the tuned model, rank 1 is behind plain rank 4.
+
+    **Few examples**: the refit lowers KL on these very examples, and the divergences that are
+    returned are of them; on others expect more. With fewer than three predictions (labelled
+    tokens, or samples) for each singular value it warns: see then whether `refit=0` or a
+    `largest_change` does better on examples kept apart.
 
     **The adapter** holds the factors of the layers that have a rank; biases of the targets, those
     of layers without a rank too; and `modules_to_save`, whole. These are not in the budget. Biases
     make it PEFT's `bias="lora_only"`, or "all" where a layer without a rank has its own: PEFT then
-    takes them from the file. Programs that take factors alone (vLLM) do not. A bias is stored
-    where it differs from the base's. Norms, embeddings and other tensors stay the base's, and are
+    takes them from the file. Programs that take factors alone (vLLM) do not. PEFT writes them into the base
+    that it loads the adapter onto: `disable_adapter()` does not give that base back. A bias is
+    stored where it differs from the base's. Norms, embeddings and other tensors stay the base's, and are
     listed in `others` if they differ.
 
     **Neither model is changed**: parameters, buffers, modes and `requires_grad` are afterwards as
@@ -140,12 +146,14 @@ def extract_calibrated(
         budget: parameters, or bytes, or energy, as for `extract_lora`.
         output: a new folder, for PEFT. None: tensors are returned instead.
         loss_fn: as in `curvature_factors`; by default the model's own `.loss`, for which batches
-            need labels. Not used with the true Fisher.
+            need labels, of texts two tokens at least. Not used with the true Fisher.
         predict: `predict(model, batch)` gives the logits that are to be as the tuned model's, or a
-            pair of them and of which count, as in `TrueFisher`. By default the model's `.logits`:
-            those with a label where the model computes its loss itself, else those that
-            `attention_mask` keeps.
-        targets: linear layers and `Conv1D`, as PEFT's `target_modules`.
+            pair of them and of which count, as in `TrueFisher`. By default the `.logits` of a model
+            that chooses one of several classes: those with a label where its loss is the mean cross
+            entropy of the labels, else those that `attention_mask` keeps (of a decoder beside an
+            encoder, `decoder_attention_mask`).
+        targets: linear layers and `Conv1D`, as PEFT's `target_modules`; of one name each, and with
+            biases of their own.
         exclude: names that are no target.
         modules_to_save: as PEFT's: modules that the adapter holds whole, as the tuned model has
             them; they are no targets. None: those whose names end with "classifier", "score" or
@@ -153,8 +161,10 @@ def extract_calibrated(
         fisher: whose labels the gradients are of: "empirical", the data's; "true", drawn from the
             base's predictions, so that no labels are needed; or a `TrueFisher`.
         terms: as in `curvature_factors`.
-        mask: batch to the mask of its tokens; by default `attention_mask`.
-        damping: added to A and to B, relative to the mean eigenvalue of each, >= 0.
+        mask: batch to the mask of the tokens that the moments are of; by default
+            `attention_mask`.
+        damping: added to A and to B, relative to the mean eigenvalue of each, >= 0. What the sums'
+            rounding may take away is added at least.
         fold: whether biases take up what a cut leaves out, where a layer has one.
         refit: Newton steps, at most; 0 measures no divergence.
         largest_change: the most that a step changes a singular value by, relative to it, > 0; None
@@ -176,13 +186,15 @@ def extract_calibrated(
     Raises:
         FileExistsError: the output is something else already.
         FileNotFoundError: there is no folder for the output.
-        ValueError: the models differ in a layer or a saved module, or have adapters; a target is
-            not linear; there is no batch, or its labels, loss or predictions are not what they
-            should be; an argument is not of its form; or the budget buys no rank.
+        ValueError: the models differ in a layer, a saved module or the number of classes, or have
+            adapters or prompts; a target is not linear, or has several names; there is no batch, or
+            its labels, loss or predictions are not what they should be; an argument is not of its
+            form; or the budget buys no rank.
         InfeasibleError: the least ranks cost more than the budget (a `ValueError`).
 
     Warns:
-        UserWarning: no gradient reached some layers; they are cut plainly.
+        UserWarning: no gradient reached some layers; they are cut plainly. Or the refit has fewer
+            than three predictions for each singular value.
 
     References:
         Eckart, Young, Psychometrika 1, 1936 (the cut: `WeightedCut`). Martens, Grosse, ICML 2015 (A
@@ -206,7 +218,7 @@ def extract_calibrated(
         ({'0': 1, '2': 0}, True)
     """  # noqa: E501  (a line of the example)
     wanted = parsed(budget)
-    _check(damping, scale, largest_change)
+    check_numbers(damping, scale, largest_change, dtype)
     refit = whole_number(refit, "refit", 0)
     max_rank = whole_number(max_rank, "max_rank", 1)
     options = Options(max_rank, exact_below, tolerance, seed)
@@ -219,8 +231,8 @@ def extract_calibrated(
     batches = list(for_passes(batches, 2))
     if not batches:
         raise ValueError("batches: expected at least one batch, got none")
-    predict = own_predictions(loss_fn) if predict is None else predict
-    losses = _losses(fisher, loss_fn, predict, terms, refit)
+    given, predict = predict, own_predictions(loss_fn) if predict is None else predict
+    losses = fisher_loss(fisher, loss_fn, predict, terms, refit)
     saved = saved_modules(base, tuned, modules_to_save)
     pairs = pairs_of(base, tuned, targets, exclude, saved)
     heads = saved_tensors(tuned, saved)
@@ -240,6 +252,8 @@ def extract_calibrated(
     with as_it_was(base), as_it_was(tuned):
         base.eval()
         tuned.eval()
+        if refit:
+            check_alike(base, tuned, batches[0], given)
         spectra = extract(
             [pair.reader(is_exact(pair.before.shape, max_rank, exact_below)) for pair in pairs],
             options,
@@ -263,6 +277,15 @@ def extract_calibrated(
         biases = changed_biases(pairs, folded)
         others = {**heads, **{f"{name}.bias": bias for name, bias in biases.items()}}
         layers = [pair.before for pair in pairs if pair.before.name in ranks]
+        config = extracted_entries(
+            allocation,
+            scale,
+            base=getattr(getattr(base, "config", None), "name_or_path", None) or None,
+            flipped=any(layer.kind == "conv1d" for layer in layers),
+            bias="none" if not biases else "lora_only" if biases.keys() <= ranks.keys() else "all",
+            modules_to_save=saved,
+            modules=base,
+        )
         mask = attention_masks(base, [pair.before for pair in pairs]) if mask is None else mask
         turns = 1 + (passes(refit) if refit else 0)
         with progress_bar("calibration", float(len(batches) * turns), progress) as advance:
@@ -271,7 +294,7 @@ def extract_calibrated(
                 damping=damping, seed=seed, advance=advance,
             )  # fmt: skip
             warn_silent(cuts.silent, "gradient", "which are cut plainly")
-            factors, divergences = cuts.factors, list[float]()
+            factors, divergences, predictions = cuts.factors, list[float](), 0
             with AdaptedBase(base, layers, others, cuts.folds, types, scale) as adapted:
                 if refit:
                     subject = CutModel(
@@ -280,13 +303,13 @@ def extract_calibrated(
                         adapted.cut,
                         lambda batch: log_probabilities(predict, base, batch),
                         Wanted(predict, tuned, batches),
-                        mask,
                         {name: each.mean for name, each in cuts.folds.items()},
                     )
-                    factors, divergences = refitted(
+                    factors, divergences, predictions = refitted(
                         subject, factors, batches, steps=refit, largest_change=largest_change,
                         seed=seed, advance=advance,
                     )  # fmt: skip
+                    warn_few(predictions, sum(u.shape[1] for u, _ in factors.values()))
                 adapted.cut(factors)
         biases |= {name: bias.to(biases[name]) for name, bias in adapted.biases().items()}
         lost = [
@@ -296,15 +319,6 @@ def extract_calibrated(
             for pair in pairs
         ]
 
-    config = extracted_entries(
-        allocation,
-        scale,
-        base=getattr(getattr(base, "config", None), "name_or_path", None) or None,
-        flipped=any(layer.kind == "conv1d" for layer in layers),
-        bias="none" if not biases else "lora_only" if biases.keys() <= ranks.keys() else "all",
-        modules_to_save=saved,
-        modules=base,
-    )
     tensors = adapter_tensors(adapted.stored, biases, heads)
     captured = captured_share(spectra, allocation, energy)
     if path is not None:
@@ -331,32 +345,9 @@ def extract_calibrated(
             {f"{name}.weight" for name in shapes} | others.keys(),
         ),
         divergences,
+        predictions,
         sum(tensor.numel() for tensor in (*biases.values(), *heads.values())),
     )
-
-
-def _check(damping: float, scale: float, largest_change: float | None) -> None:
-    if not 0 <= real_number(damping) < math.inf:
-        raise ValueError(f"damping: expected a finite number >= 0, got {damping!r}")
-    if not (math.isfinite(scale) and scale != 0):
-        raise ValueError(f"scale: expected a finite number that is not 0, got {scale!r}")
-    if largest_change is not None and not real_number(largest_change) > 0:
-        raise ValueError(f"largest_change: expected a number above 0, got {largest_change!r}")
-
-
-def _losses(
-    fisher: Fisher, loss_fn: LossFn | None, predict: Predict, terms: Terms, refit: int
-) -> FisherLoss:
-    if fisher == "true":
-        fisher = TrueFisher(predict)
-    elif isinstance(fisher, TrueFisher):
-        if fisher.likelihood != "categorical" and refit:
-            raise ValueError(
-                "fisher: expected a categorical likelihood, as the refit compares probabilities "
-                f"of classes, got {fisher.likelihood!r}; pass refit=0"
-            )
-        fisher = fisher if fisher.predict is not None else replace(fisher, predict=predict)
-    return FisherLoss(loss_fn, fisher, terms)
 
 
 def _equal(some: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> bool:

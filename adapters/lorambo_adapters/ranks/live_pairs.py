@@ -70,6 +70,15 @@ def bare(model: Any, which: str) -> torch.nn.Module:
     """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{which}: expected a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        for config in configs.values() if isinstance(configs, Mapping) else ():
+            kind = str(getattr(config, "peft_type", "unknown"))
+            if getattr(config, "is_prompt_learning", False) or "ADAPTION_PROMPT" in kind:
+                raise ValueError(
+                    f"{which}: expected a model without prompts of PEFT's, got {kind}; what they "
+                    "do is in no weight, so there is no difference to extract"
+                )
     model = unwrap(model)
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
@@ -138,7 +147,8 @@ def pairs_of(
 
     Raises:
         ValueError: as `find_layers`; a target is not a linear layer, or is missing from the tuned
-            model or another one there; the message names the layer.
+            model or another one there; it or its bias has several names; the message names the
+            layer.
     """
     pairs: list[LayerPair] = []
     for layer in find_layers(base, targets, exclude=exclude):
@@ -152,7 +162,32 @@ def pairs_of(
         pairs.append(LayerPair(layer, _other(tuned, layer)))
     if not pairs:
         raise ValueError(f"targets: expected layers besides {', '.join(saved)}, got none")
+    _check_own(base, pairs)
     return pairs
+
+
+def _check_own(base: torch.nn.Module, pairs: Sequence[LayerPair]) -> None:
+    modules: dict[int, list[str]] = {}
+    for name, module in base.named_modules(remove_duplicate=False):
+        modules.setdefault(id(module), []).append(name)
+    parameters: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        parameters.setdefault(id(parameter), []).append(name)
+    for pair in pairs:
+        layer = pair.before
+        names = modules[id(layer.module)]
+        if len(names) > 1:
+            raise ValueError(
+                f"layer {layer.name!r}: expected a module of one name, got {', '.join(names)}: an "
+                "adapter names each once; leave it out with exclude"
+            )
+        names = parameters.get(id(getattr(layer.module, "bias", None)), [])
+        if len(names) > 1:
+            raise ValueError(
+                f"layer {layer.name!r}: expected a bias of its own, got one that is "
+                f"{', '.join(names)}: an adapter would change all of them; leave it out with "
+                "exclude"
+            )
 
 
 def _other(tuned: torch.nn.Module, layer: TargetLayer) -> TargetLayer:
@@ -167,7 +202,7 @@ def _other(tuned: torch.nn.Module, layer: TargetLayer) -> TargetLayer:
     if module.weight.shape != before.weight.shape:
         raise ValueError(
             f"{where}, a weight of shape {tuple(before.weight.shape)}, got "
-            f"{tuple(module.weight.shape)}"
+            f"{tuple(module.weight.shape)}; leave it out with exclude"
         )
     one, two = (getattr(each, "bias", None) is not None for each in (before, module))
     if one != two:
@@ -186,7 +221,8 @@ def _check_saved(base: torch.nn.Module, tuned: torch.nn.Module, name: str) -> No
         raise ValueError(
             f"{where}: expected tensors of the same shapes in both models, got {shapes[0]} in the "
             f"base and {shapes[1]} in the tuned model; load the base with the tuned model's number "
-            "of labels, or leave the module out"
+            "of labels, or, for an adapter without it, pass modules_to_save without it (perhaps "
+            f"[]), exclude={name!r} and refit=0: the predictions cannot be compared then"
         )
     own = {id(parameter) for parameter in base.get_submodule(name).parameters()}
     for other, parameter in base.named_parameters(remove_duplicate=False):

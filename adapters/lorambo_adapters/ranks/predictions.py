@@ -14,35 +14,99 @@ except ModuleNotFoundError as missing:
     ) from missing
 
 from lorambo_adapters.spectra.batches import model_on
-from lorambo_adapters.spectra.fisher import LossFn, Predict, labelled_logits
+from lorambo_adapters.spectra.fisher import LossFn, Predict, compared
 
 LogProbabilities = Callable[[Any], torch.Tensor]
 """A batch to log-probabilities, predictions x classes."""
 
+_IGNORED = -100  # the label of transformers for what is not counted
 _KEPT = 2**30  # bytes of the tuned model's predictions
 
 
 def own_predictions(loss_fn: LossFn | None) -> Predict:
     """A transformers model's logits, and which of them count.
 
-    Those that have a label, where the model computes its loss itself (`loss_fn` is None) and the
-    batch has labels; else all that `attention_mask` keeps.
+    Those that have a label, where the model computes its loss itself (`loss_fn` is None) and this
+    is the mean cross entropy of the batch's labels; else all that `attention_mask` keeps, or in a
+    model that is encoder and decoder `decoder_attention_mask`.
+
+    Raises:
+        ValueError: the model does not choose one of several classes, by its `problem_type` or the
+            labels' type.
     """
 
     def predict(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if loss_fn is None and hasattr(batch, "keys") and batch.get("labels") is not None:
-            _, logits, counted = labelled_logits(model, batch)
-            return logits, counted
-        logits = getattr(model_on(model, batch), "logits", None)
+        labels: Any = batch.get("labels") if hasattr(batch, "keys") else None
+        config = getattr(model, "config", None)
+        _check_kind(getattr(config, "problem_type", None), labels)
+        outputs = model_on(model, batch)
+        if loss_fn is None and labels is not None and getattr(outputs, "loss", None) is not None:
+            found = compared(model, batch, outputs)
+            if found is not None:
+                return found
+        logits = getattr(outputs, "logits", None)
         if not isinstance(logits, torch.Tensor) or logits.ndim < 2:
             raise ValueError("expected a model that returns logits, got none; pass predict")
         counted = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-        mask = batch.get("attention_mask")
+        both = getattr(config, "is_encoder_decoder", False)
+        mask = batch.get("decoder_attention_mask" if both else "attention_mask")
         if mask is not None and mask.shape == counted.shape:
             counted = mask.to(logits.device) != 0
         return logits, counted
 
     return predict
+
+
+def check_alike(
+    base: torch.nn.Module, tuned: torch.nn.Module, batch: Any, predict: Predict | None
+) -> None:
+    """Refuse two models whose predictions cannot be compared, by a batch.
+
+    Args:
+        base: in evaluation mode.
+        tuned: likewise.
+        batch: of examples.
+        predict: None for the models' own logits.
+
+    Raises:
+        ValueError: they have other classes, or not as many predictions; or as `log_probabilities`.
+    """
+    with torch.no_grad():
+        if predict is None:
+            # Of labels only that there are some: a model of few classes knows no others.
+            labels: Any = batch.get("labels") if hasattr(batch, "keys") else None
+            if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+                batch = {**batch, "labels": torch.full_like(labels, _IGNORED)}
+            predict = own_predictions(lambda model, batch: torch.zeros(()))
+        before, after = (log_probabilities(predict, model, batch).shape for model in (base, tuned))
+    if before[1] != after[1]:
+        raise ValueError(
+            f"expected models that predict the same classes, got {before[1]} of the base and "
+            f"{after[1]} of the tuned model; give the base as many (num_labels, "
+            "resize_token_embeddings), with the layers that have them in modules_to_save, or pass "
+            "a predict whose logits are those of the classes that both have; a head of another "
+            "size that is to stay the base's is left out with exclude, and then needs refit=0"
+        )
+    if before != after:
+        raise ValueError(
+            "predict: expected as many predictions of both models, got "
+            f"{before[0]} of the base and {after[0]} of the tuned model in the first batch"
+        )
+
+
+def _check_kind(problem: object, labels: Any) -> None:
+    if problem in ("multi_label_classification", "regression"):
+        got = f"problem_type {problem!r}"
+    elif isinstance(labels, torch.Tensor) and labels.is_floating_point():
+        got = f"labels of {labels.dtype}"
+    else:
+        got = None
+    if got is not None:
+        raise ValueError(
+            f"expected a model that chooses one of several classes, got {got}; pass refit=0 with "
+            "a loss_fn, or a predict whose last dimension are classes (of labels that are yes or "
+            "no: torch.stack([logits, 0 * logits], -1))"
+        )
 
 
 def log_probabilities(predict: Predict, model: torch.nn.Module, batch: Any) -> torch.Tensor:

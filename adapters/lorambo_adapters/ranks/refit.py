@@ -31,7 +31,6 @@ except ModuleNotFoundError as missing:
 from lorambo_adapters.layers import TargetLayer
 from lorambo_adapters.progress import Advance
 from lorambo_adapters.ranks.predictions import LogProbabilities
-from lorambo_adapters.spectra.batches import MaskOf
 from lorambo_adapters.spectra.directions import first_dimension
 from lorambo_adapters.spectra.hooks import GradientHooks
 from lorambo_adapters.spectra.inputs import DenseInputs, Inputs, TokenInputs
@@ -50,11 +49,13 @@ class Refitted(NamedTuple):
     Attributes:
         factors: layer to (U, V); V as it was.
         divergences: KL(tuned || cut) in nats, mean over all predictions: before, and after each
-            step that was taken, descending.
+            step that was taken, descending. They are of the very examples that it was fitted to.
+        predictions: how many these are the mean of.
     """
 
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     divergences: list[float]
+    predictions: int
 
 
 class CutModel(NamedTuple):
@@ -66,7 +67,6 @@ class CutModel(NamedTuple):
         cut: sets the layers' updates to U V^T, and the biases to what goes with these.
         predict: a batch to the model's log-probabilities as it is cut now.
         wanted: a batch's number to the tuned model's log-probabilities.
-        mask: a batch to the mask of its tokens.
         centres: layer to the mean input beside which its bias is kept (`Fold`): the derivative
             along u v^T is then that of U V^T (x - mean).
     """
@@ -76,7 +76,6 @@ class CutModel(NamedTuple):
     cut: Callable[[Factors], None]
     predict: LogProbabilities
     wanted: Callable[[int], torch.Tensor]
-    mask: MaskOf
     centres: Mapping[str, torch.Tensor]
 
 
@@ -123,7 +122,8 @@ def refitted(
         draws = max(1, -(-4 * sum(u.shape[1] for u, _ in found.values()) // samples))
     drawn: dict[torch.device, torch.Generator] = {}
     subject.cut(found)
-    reached = [_divergence(subject, batches, advance)]
+    first, count = _divergence(subject, batches, advance)
+    reached = [first]
     if not math.isfinite(reached[0]):
         raise ValueError(f"expected finite predictions of both models, got KL {reached[0]}")
     for _ in range(steps):
@@ -134,7 +134,7 @@ def refitted(
         for share in _SHARES:
             scaled = _scaled(found, share * change)
             subject.cut(scaled)
-            now = _divergence(subject, batches, advance)
+            now, _ = _divergence(subject, batches, advance)
             if now < least:
                 least, taken = now, scaled
         if taken is None:
@@ -143,7 +143,7 @@ def refitted(
         reached.append(least)
         subject.cut(found)
     subject.cut(found)
-    return Refitted(found, reached)
+    return Refitted(found, reached, count)
 
 
 def passes(steps: int) -> int:
@@ -160,8 +160,8 @@ def _scaled(factors: Factors, change: torch.Tensor) -> dict[str, tuple[torch.Ten
 
 
 @torch.no_grad()
-def _divergence(subject: CutModel, batches: Sequence[Any], advance: Advance) -> float:
-    """KL(tuned || cut), mean over all predictions."""
+def _divergence(subject: CutModel, batches: Sequence[Any], advance: Advance) -> tuple[float, int]:
+    """KL(tuned || cut), mean over all predictions, and how many these are."""
     total, count = 0.0, 0
     for number, batch in enumerate(batches):
         now, target = subject.predict(batch), subject.wanted(number)
@@ -174,7 +174,7 @@ def _divergence(subject: CutModel, batches: Sequence[Any], advance: Advance) -> 
         )
         count += len(now)
         advance(1.0, "divergence")
-    return total / max(count, 1)
+    return total / max(count, 1), count
 
 
 def _step(
@@ -205,8 +205,8 @@ def _step(
     hooks = GradientHooks(layers, receive, model=subject.model)
     with hooks, torch.enable_grad():
         for number, batch in enumerate(batches):
-            derivatives.begin(first_dimension(batch), subject.mask(batch))
-            # Not the hooks' own mask: it would drop rows, and with them which sample they are of.
+            # No mask: what a model makes of padding, if anything, is in the divergence too.
+            derivatives.begin(first_dimension(batch), None)
             hooks.begin()
             now = subject.predict(batch)
             target = subject.wanted(number).to(now.device)
