@@ -211,6 +211,16 @@ def test_biases_of_layers_without_a_rank_are_folded_too(transformers, peft, tmp_
     assert "bert.embeddings.word_embeddings.weight" in lora.others
 
 
+def test_peft_writes_biases_into_the_base(transformers, peft, tmp_path):
+    base = models.bert(transformers)
+    tuned, batches = models.updated(base), models.examples("classes")
+    extract_calibrated(base, tuned, batches, "uniform:1", tmp_path / "out")
+    found = models.loaded(peft, base, tmp_path / "out")
+    with pytest.warns(UserWarning, match="disabling"), found.disable_adapter():
+        away = models.divergence(base, found, batches)
+    assert away > 1e-3  # the docstring and the guide say so
+
+
 def test_biases_that_do_not_change_are_not_stored(transformers):
     base = models.bert(transformers)
     tuned = models.updated(base)

@@ -188,7 +188,9 @@ def test_prompts_are_refused(transformers, peft):
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with quiet():
         tuned = peft.get_peft_model(models.updated(base), config)
-    with pytest.raises(ValueError, match=r"tuned: expected a model without prompts.*PROMPT_TUNING"):
+    with pytest.raises(
+        ValueError, match=r"tuned: expected a model without prompts.* got PROMPT_TUNING"
+    ):
         extract_calibrated(base, tuned, models.examples("lm"), "uniform:1")
 
 

@@ -92,13 +92,13 @@ def extract_calibrated(
 
     1. Ranks keep the most energy of the differences D within the budget (`allocate`, exact).
     2. Each D is cut in the norm |B^1/2 D A^1/2|_F: with x a layer's inputs and g the gradients of
-       its outputs, A = E[x x^T] (k x k) and B = E[g g^T] (d x d), both damped. They are measured
-       at the base's weights, with the biases and the head that the adapter holds, the tuned
-       model's, in the place of its own. Of all matrices of the layer's rank the cut is the nearest in this norm (Eckart and Young's
-       theorem after a change of variables, `WeightedCut`).
-    3. What a cut C leaves out at the inputs' mean m goes into the layer's bias, if it has one:
-       (D - C) m. At the inputs of step 2 its mean output is then that with the whole D. There A is
-       the moment about the mean.
+       its outputs, A = E[x x^T] (k x k) and B = E[g g^T] (d x d), both damped. They are measured at
+       the base's weights, with the biases and the head that the adapter holds, the tuned model's,
+       in the place of its own. Of all matrices of the layer's rank the cut is the nearest in this
+       norm (Eckart and Young's theorem after a change of variables, `WeightedCut`).
+    3. What a cut C leaves out at the inputs' mean m goes into the layer's bias, if it has one: (D -
+       C) m. At the inputs of step 2 its mean output is then that with the whole D. There A is the
+       moment about the mean.
     4. The kept singular values are refitted by Newton steps on the divergence from the tuned
        model's predictions, each as large as lowers it on the calibration examples (`refitted`):
        what the cuts of all layers lose together is seen there alone.
@@ -118,25 +118,25 @@ def extract_calibrated(
     **The adapter** holds the factors of the layers that have a rank; biases of the targets, those
     of layers without a rank too; and `modules_to_save`, whole. These are not in the budget. Biases
     make it PEFT's `bias="lora_only"`, or "all" where a layer without a rank has its own: PEFT then
-    takes them from the file. Programs that take factors alone (vLLM) do not. PEFT writes them into the base
-    that it loads the adapter onto: `disable_adapter()` does not give that base back. A bias is
-    stored where it differs from the base's. Norms, embeddings and other tensors stay the base's, and are
-    listed in `others` if they differ.
+    takes them from the file. Programs that take factors alone (vLLM) do not. PEFT writes them into
+    the base that it loads the adapter onto: `disable_adapter()` does not give that base back. A
+    bias is stored where it differs from the base's. Norms, embeddings and other tensors stay the
+    base's, and are listed in `others` if they differ.
 
     **Neither model is changed**: parameters, buffers, modes and `requires_grad` are afterwards as
     they were, after an error too. Both run in evaluation mode, the base with hooks that add the
     update and with the adapter's biases and saved modules in the place of its own.
 
     **Memory** beyond the two models: 4 (k^2 + d^2) bytes a layer that gets a rank or a folded bias,
-    for its moments (twice that for float64 models); about 24 (d k + d^2 + k^2) for one layer while it is cut; the
-    factors, in float64; 8 M^2 for M ranks in all, while refitting; and the tuned model's
-    predictions on the calibration examples, up to a GiB (more is computed anew each time). Weights
-    have to be plain: no DTensors. Only models on the CPU have been tried.
+    for its moments (twice that for float64 models); about 24 (d k + d^2 + k^2) for one layer while
+    it is cut; the factors, in float64; 8 M^2 for M ranks in all, while refitting; and the tuned
+    model's predictions on the calibration examples, up to a GiB (more is computed anew each time).
+    Weights have to be plain: no DTensors. Only models on the CPU have been tried.
 
-    **Time**: one pass forward and backward at the base, and for each step of the refit one with
-    1 + draws backward passes (`refitted`) and four forward; a Cholesky and an eigendecomposition in
-    float64 a layer. On one core, shared with other work, that was 104 s for MiniLM (192 snippets, 33
-    ranks in all) and 27 minutes for Gemma 3 270M (64 windows of 64 tokens, 126 ranks).
+    **Time**: one pass forward and backward at the base, and for each step of the refit one with 1 +
+    draws backward passes (`refitted`) and four forward; a Cholesky and an eigendecomposition in
+    float64 a layer. On one core, shared with other work, that was 104 s for MiniLM (192 snippets,
+    33 ranks in all) and 27 minutes for Gemma 3 270M (64 windows of 64 tokens, 126 ranks).
 
     Args:
         base: the model that the adapter will be loaded onto.
@@ -198,9 +198,9 @@ def extract_calibrated(
 
     References:
         Eckart, Young, Psychometrika 1, 1936 (the cut: `WeightedCut`). Martens, Grosse, ICML 2015 (A
-        and B). Amari 1998 (the refit: `refitted`). Hsu et al.: Language model compression with weighted low-rank
-        factorization. ICLR 2022, and Wang et al.: SVD-LLM. ICLR 2025 (truncation in norms of
-        gradients and of inputs).
+        and B). Amari 1998 (the refit: `refitted`). Hsu et al.: Language model compression with
+        weighted low-rank factorization. ICLR 2022, and Wang et al.: SVD-LLM. ICLR 2025 (truncation
+        in norms of gradients and of inputs).
 
     Example:
         >>> import torch

@@ -29,7 +29,7 @@ class CalibratedLora(LoraResult):
         lines = [super().summary()]
         lines.append(
             "note        the energy is that of a plain cut of these ranks; cut in another norm, "
-            "the stored update has a larger squared error, and the refit may enlarge it"
+            "the stored update has no smaller squared error, and the refit may enlarge it"
         )
         if self.beside:
             lines.append(f"beside      {self.beside:,} parameters of biases and saved modules")

@@ -73,7 +73,8 @@ def bare(model: Any, which: str) -> torch.nn.Module:
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
         for config in configs.values() if isinstance(configs, Mapping) else ():
-            kind = str(getattr(config, "peft_type", "unknown"))
+            kind = getattr(config, "peft_type", None)
+            kind = str(getattr(kind, "value", kind))
             if getattr(config, "is_prompt_learning", False) or "ADAPTION_PROMPT" in kind:
                 raise ValueError(
                     f"{which}: expected a model without prompts of PEFT's, got {kind}; what they "
