@@ -96,9 +96,9 @@ def extract_calibrated(
        the base's weights, with the biases and the head that the adapter holds, the tuned model's,
        in the place of its own. Of all matrices of the layer's rank the cut is the nearest in this
        norm (Eckart and Young's theorem after a change of variables, `WeightedCut`).
-    3. What a cut C leaves out at the inputs' mean m goes into the layer's bias, if it has one: (D -
-       C) m. At the inputs of step 2 its mean output is then that with the whole D. There A is the
-       moment about the mean.
+    3. What a cut C leaves out at the inputs' mean m goes into the layer's bias, if it has one:
+       (D - C) m. At the inputs of step 2 its mean output is then that with the whole D. There A is
+       the moment about the mean.
     4. The kept singular values are refitted by Newton steps on the divergence from the tuned
        model's predictions, each as large as lowers it on the calibration examples (`refitted`):
        what the cuts of all layers lose together is seen there alone.
