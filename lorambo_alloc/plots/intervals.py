@@ -166,6 +166,7 @@ def _limits(ax: Any, rows: list[_Interval], lines: float) -> None:
     low, high = least - 0.06 * span, most + 0.06 * span
     ax.set_xlim(min(low, -0.25 * span), max(high, 0.25 * span))
     ax.set_ylim(lines - 0.4, -0.6)
+    ax.locator_params(axis="x", nbins=5)  # so few that labels of four digits have room
 
 
 def _name(
