@@ -103,12 +103,13 @@ def extract_calibrated(
        model's predictions, each as large as lowers it on the calibration examples (`refitted`):
        what the cuts of all layers lose together is seen there alone.
 
-    **How near that comes**, loaded onto the base (development examples, one fine-tune each:
-    `benchmarks/finetune/README.md`, `python -m benchmarks.finetune extraction search`): rank 1 had
-    a lower held-out loss than plain truncation at rank 4 on MiniLM (0.531 against 0.549), MPNet
-    (0.227, 0.244) and Gemma 3 270M (3.992, 4.015). KL from the tuned model's predictions was lower
-    on MiniLM (0.134 against 0.173) and Gemma (0.172, 0.183), and higher on MPNet (0.037, 0.009).
-    Where MiniLM has all other tensors of the tuned model, rank 1 is behind plain rank 4.
+    On test an adapter of rank 1 made so, loaded onto the base, had a lower held-out loss than plain
+    truncation at rank 4: MiniLM 0.527 against 0.548, Gemma 3 270M 3.980 against 3.987; and a lower
+    KL from the tuned model, 0.134 against 0.169 and 0.164 against 0.177 (one fine-tune each,
+    `python -m benchmarks.finetune extraction test`). On MPNet, on development examples, the loss was
+    lower (0.227, 0.244) and the KL higher (0.037, 0.009). On MiniLM the refit alone, of a plain cut
+    at uniform ranks, did nearly as well (0.529). Where MiniLM has all other tensors of the tuned
+    model, rank 1 is behind plain rank 4.
 
     **Few examples**: the refit lowers KL on these very examples, and the divergences that are
     returned are of them; on others expect more. With fewer than three predictions (labelled
