@@ -1,5 +1,7 @@
 """What extraction by examples refuses before its long part, and what it warns of after it."""
 
+from typing import Any
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
@@ -84,8 +86,9 @@ def test_a_moment_that_is_not_positive_is_named(monkeypatch):
     ],
 )
 def test_numbers_of_another_kind_are_refused_first(option, value, message):
+    nothing: Any = None
     with pytest.raises(ValueError, match=message):
-        extract_calibrated(None, None, None, "uniform:1", **{option: value})
+        extract_calibrated(nothing, nothing, nothing, "uniform:1", **{option: value})
 
 
 def test_a_configuration_that_peft_would_refuse_costs_no_pass(monkeypatch):

@@ -1,6 +1,7 @@
 """Extraction by examples: which models and labels it takes, and what it says of others."""
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
 
@@ -122,7 +123,7 @@ def test_other_classes_are_refused_with_advice_that_works(transformers, peft, tm
     tuned, batches = models.updated(other), models.examples("classes")
     with pytest.raises(ValueError, match=r"same shapes.*exclude='classifier' and refit=0"):
         extract_calibrated(base, tuned, batches, "uniform:1")
-    options = {"modules_to_save": []}
+    options: dict[str, Any] = {"modules_to_save": []}
     with pytest.raises(ValueError, match=r"layer 'classifier'.*leave it out with exclude"):
         extract_calibrated(base, tuned, batches, "uniform:1", **options)
     options["exclude"] = "classifier"
@@ -151,8 +152,8 @@ def test_another_vocabulary_is_refused_with_advice_that_works(transformers):
     assert extract_calibrated(base, tuned, batches, "uniform:1", predict=both).divergences
     with quiet():
         base.resize_token_embeddings(42, mean_resizing=False)
-    whole = {"modules_to_save": ["embed_tokens", "lm_head"]}
-    lora = extract_calibrated(base, tuned, batches, "uniform:1", **whole)
+    whole = ["embed_tokens", "lm_head"]
+    lora = extract_calibrated(base, tuned, batches, "uniform:1", modules_to_save=whole)
     assert lora.config["modules_to_save"] == ["lm_head", "model.embed_tokens"]
 
 
