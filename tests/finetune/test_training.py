@@ -250,3 +250,11 @@ def test_layers_are_trained_alone_and_together(task, tmp_path, monkeypatch):
     assert again["together"] == content["together"]
     with pytest.raises(ValueError, match="has other settings"):
         predicted.measure(task, argparse.Namespace(**vars(options) | {"rank": 2}), file)
+
+
+def test_two_ranks_at_most_move_at_once_where_an_arm_says_so(task):
+    most = {}
+    for name in ("both_late", "both_two"):
+        history = run(task, name, rank=4)["history"]
+        most[name] = np.abs(np.diff(history["ranks"], axis=0)).sum(1).max()
+    assert most["both_two"] <= 2 < most["both_late"]
