@@ -75,21 +75,6 @@ def row_of(
     }
 
 
-def interval(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], draws: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """The mean paired difference of losses by example, with its 95 % bootstrap interval."""
-    a, b = (
-        np.frombuffer(base64.b64decode(row["losses"]), "<f4").astype(float)
-        for row in (ours, theirs)
-    )
-    difference = a - b
-    random = np.random.default_rng(seed)
-    means = np.array([difference[random.integers(0, len(a), len(a))].mean() for _ in range(draws)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
-
-
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Loss, accuracy or perplexity, and KL, as markdown."""
     lines: list[dict[str, str]] = []

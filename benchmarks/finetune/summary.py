@@ -10,7 +10,6 @@ test alone), and writes `results/finetune/summary.json`, and pictures beside it:
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from benchmarks.finetune.protocol import protocol
 from benchmarks.finetune.report import Results, rows
 from benchmarks.finetune.rules import DEFAULT, ENERGY, FIT_ALONE, PLAIN, UNFITTED
 from benchmarks.finetune.runs import check_protocol, finished
+from benchmarks.finetune.training import losses_of
 from benchmarks.report import RESULTS, markdown
 from lorambo_alloc.storage import replacing
 
@@ -117,7 +117,7 @@ def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             plain = cuts.get((model, kind, PLAIN.label, other), {})
             seeds = sorted(set(by_seed) & set(plain))
             if seeds:
-                matrix = np.array([_losses(by_seed[s]) - _losses(plain[s]) for s in seeds])
+                matrix = np.array([losses_of(by_seed[s]) - losses_of(plain[s]) for s in seeds])
                 pairs.append(
                     {
                         "model": model,
@@ -207,10 +207,6 @@ def _save(figure: Any, path: Path) -> None:
 def _mean(found: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [row.get(key) for row in found]
     return None if None in values else float(np.mean([float(v) for v in values if v is not None]))
-
-
-def _losses(row: Mapping[str, Any]) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(row["losses"]), "<f4").astype(np.float64)
 
 
 def main(arguments: Sequence[str]) -> None:
