@@ -68,14 +68,14 @@ def rank_history(
         raise ValueError(f"history: expected entries of layers, got {history!r}")
     ordered = rows(history.names, group)
     if ax is not None:
-        _heat_map(history, ordered, ax)
+        _heat_map(history, ordered, ax, group)
         label(ax, x="training step")
         return figure_of(ax)
     height = min(TALLEST - 2.0, max(1.6, len(ordered) * ROW / 72))
     figure = new_figure(WIDTH, height + 2.0)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[height, 1.2])
     _costs(history, lower, unit)
-    _heat_map(history, ordered, upper)
+    _heat_map(history, ordered, upper, group)
     label(lower, x="training step")
     return figure
 
@@ -91,7 +91,9 @@ def _columns(history: RankHistory) -> tuple[IntArray, FloatArray]:
     return kept, np.append(steps, steps[-1] + last).astype(np.float64)
 
 
-def _heat_map(history: RankHistory, ordered: list[Row], ax: Any) -> None:
+def _heat_map(
+    history: RankHistory, ordered: list[Row], ax: Any, group: str | Callable[[str], str]
+) -> None:
     kept, edges = _columns(history)
     ranks = history.ranks[kept][:, [row[2] for row in ordered]].T
     colours = RankColours(int(ranks.max()))
@@ -100,11 +102,11 @@ def _heat_map(history: RankHistory, ordered: list[Row], ax: Any) -> None:
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.tick_params(labelsize=FONT)
     colours.bar(mesh, [ax])
-    _label_rows(ordered, ax)
+    _label_rows(ordered, ax, group if isinstance(group, str) else "group of layers")
 
 
-def _label_rows(ordered: list[Row], ax: Any) -> None:
-    """Labels of the rows on the left and of their groups on the right, as far as there is room."""
+def _label_rows(ordered: list[Row], ax: Any, kind: str) -> None:
+    """Rows labelled on the left and groups, of a `kind`, on the right, as far as there is room."""
     height = points(ax)[1]
     groups = [(group, len(list(part))) for group, part in groupby(ordered, key=lambda row: row[0])]
     ends = np.cumsum([count for _, count in groups])
@@ -122,10 +124,13 @@ def _label_rows(ordered: list[Row], ax: Any) -> None:
             side = ax.secondary_yaxis("right")
             side.set_yticks(middles, labels)
             side.tick_params(length=0, labelsize=FONT + 1)
+            label(side, y=kind)
+        label(ax, y="layer")
         return
     each = -(-len(labels) * FONT // max(height, 1.0))  # every so manieth label has room
     chosen = slice(None, None, max(1, int(each)))
     ax.set_yticks(middles[chosen], labels[chosen])
+    label(ax, y="layer" if alone else kind)
 
 
 def _costs(history: RankHistory, ax: Any, unit: str) -> None:

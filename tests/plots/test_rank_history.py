@@ -45,6 +45,7 @@ class TestRankHistory:
         (side,) = upper.child_axes
         assert labels(side) == ["block 0", "block 2", "block 10"]
         np.testing.assert_array_equal(side.get_yticks(), [0.5, 2.5, 4.5])
+        assert (upper.get_ylabel(), side.get_ylabel()) == ("layer", "block")
         assert lower.get_xlabel() == "training step"
         assert lower.get_ylabel() == "cost\n(parameters)"
         assert bar.get_ylabel() == "rank"
@@ -61,6 +62,7 @@ class TestRankHistory:
         history = run()
         upper = axes_of(rank_history(history, group=lambda name: name.rpartition(".")[2]))[0]
         assert labels(upper.child_axes[0]) == ["query", "dense"]
+        assert upper.child_axes[0].get_ylabel() == "group of layers"
         assert labels(upper)[:2] == [
             "block 0 attention.self.query",
             "block 10 attention.self.query",
@@ -80,12 +82,14 @@ class TestRankHistory:
         upper = axes_of(rank_history(run(names)))[0]
         expected = [f"block {name}" if name.isdigit() else name for name in names]
         assert labels(upper) == expected
+        assert upper.get_ylabel() == "layer"
         assert not upper.child_axes
 
     def test_of_many_layers_only_groups_are_labelled(self):
         names = [f"layers.{block}.{module}" for block in range(32) for module in "qkvogud"]
         upper = axes_of(rank_history(run(names)))[0]
         assert labels(upper) == [f"block {block}" for block in range(32)]
+        assert upper.get_ylabel() == "block"
         assert not upper.child_axes
 
     def test_of_many_groups_every_so_manieth(self):
