@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("--budgets", type=_positive, nargs="+", help="uniform ranks (default: all)")
     run.add_argument("--rates", type=float, nargs="+", help="default: the grid, or the chosen one")
     run.add_argument("--seeds", type=int, nargs="+", help="default: the stage's")
+    run.add_argument("--rate-of", metavar="ARM", help="test all arms at the rate chosen for this")
     run.add_argument(
         "--unsettled", action="store_true", help="test although dev wants more seeds or rates"
     )
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = commands.add_parser("report", help="tables of what has been run")
     report.add_argument("task", choices=("minilm", "mpnet", "gemma"))
     report.add_argument("--stage", choices=("dev", "test"), required=True)
+    report.add_argument("--rate-of", metavar="ARM", help="test runs at the rate chosen for this")
     for name, what in FURTHER.items():
         commands.add_parser(name, help=what, add_help=False)
     options, rest = parser.parse_known_args(arguments)
@@ -98,6 +100,8 @@ def _run(options: argparse.Namespace) -> None:
     other = set(seeds) & set(agreed.seeds if options.stage == "dev" else agreed.dev_seeds)
     if other:
         raise ValueError(f"--seeds: {min(other)} is not one of the stage {options.stage}")
+    if options.stage == "dev" and options.rate_of:
+        raise ValueError("--rate-of: expected none with the stage dev, which chooses the rates")
     if options.stage == "test" and options.rates:
         raise ValueError("--rates: expected none with the stage test, whose rates dev has chosen")
     results = finished()
@@ -106,10 +110,13 @@ def _run(options: argparse.Namespace) -> None:
         rates = options.rates or agreed.rates
         runs = grid(options.task, options.arms, budgets, rates, seeds, options.stage)
     else:
-        open_ = unsettled(results, options.task, options.arms, budgets, agreed.dev_seeds)
+        chosen_for = [options.rate_of] if options.rate_of else options.arms
+        open_ = unsettled(results, options.task, chosen_for, budgets, agreed.dev_seeds)
         if open_ and not options.unsettled:
             raise ValueError("; ".join(open_))
-        runs = at_chosen_rates(options.task, options.arms, budgets, seeds, chosen_rates(results))
+        runs = at_chosen_rates(
+            options.task, options.arms, budgets, seeds, chosen_rates(results), options.rate_of
+        )
     until = None if options.minutes is None else time.time() + 60 * options.minutes
     count = execute(runs, until=until)
     print(f"{count} trained, {len(runs) - count} there or left")
@@ -125,7 +132,7 @@ def _report(options: argparse.Namespace) -> None:
     if options.stage == "dev":
         print(dev_table(results, options.task))
     else:
-        print(table(rows(results, options.task)))
+        print(table(rows(results, options.task, one_rate=options.rate_of)))
 
 
 if __name__ == "__main__":

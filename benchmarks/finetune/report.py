@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.finetune.intervals import Interval, crossed_interval, paired_interval
-from benchmarks.finetune.runs import Run
+from benchmarks.finetune.runs import Run, rate_of
 from benchmarks.finetune.training import losses_of
 from benchmarks.report import markdown
 
@@ -26,7 +26,7 @@ class Row:
         task: its name.
         arm: its name.
         rank: the uniform rank whose cost is the budget.
-        rate: the learning rate chosen on dev; of the test runs.
+        rate: learning rate of the test runs.
         seeds: of the test runs.
         paired: how many of them the baseline has been run with too: those of the differences.
         parameters: of the adapters.
@@ -142,15 +142,25 @@ def dev_table(results: Results, task: str) -> str:
     )
 
 
-def rows(results: Results, task: str, baseline: str = "uniform") -> list[Row]:
+def rows(
+    results: Results, task: str, baseline: str = "uniform", *, one_rate: str | None = None
+) -> list[Row]:
     """The test runs of a task, an arm and budget a row, in pairs with the baseline's.
 
+    Args:
+        results: all runs.
+        task: its name.
+        baseline: the arm that the others are compared with.
+        one_rate: an arm, at whose chosen rate all are compared; None: each at its own.
+
     Raises:
-        ValueError: an arm was tested at two rates at one budget.
+        ValueError: an arm for which dev chose no rate was tested at two at one budget.
     """
     runs: dict[tuple[int, str], dict[int, tuple[Run, Mapping[str, Any]]]] = defaultdict(dict)
+    chosen = chosen_rates(results)
     for run, result in results.items():
-        if run.task == task and run.split == "test":
+        wanted = rate_of(chosen, task, one_rate or run.arm, run.rank)
+        if run.task == task and run.split == "test" and wanted in (None, run.rate):
             other = next(iter(runs[run.rank, run.arm].values()), (run, result))[0]
             if other.rate != run.rate:
                 raise ValueError(

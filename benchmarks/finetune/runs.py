@@ -67,16 +67,32 @@ def grid(
     ]
 
 
+Rates = Mapping[tuple[str, str, int], float]
+"""By task, arm and budget, the rate that dev chose."""
+
+
+def rate_of(chosen: Rates, task: str, arm: str, rank: int) -> float | None:
+    """The rate that dev chose for an arm, or for the arm that it is a control of."""
+    return chosen.get((task, arm, rank)) or chosen.get((task, arm.partition(":")[2], rank))
+
+
 def at_chosen_rates(
     task: str,
     arms: Sequence[str],
     ranks: Sequence[int],
     seeds: Sequence[int],
-    chosen: Mapping[tuple[str, str, int], float],
+    chosen: Rates,
+    one: str | None = None,
 ) -> list[Run]:
     """The test runs: each arm at the rate that dev chose for it and the budget.
 
-    A control trains at the rate of the arm that it is a control of, unless it has one of its own.
+    Args:
+        task: its name.
+        arms: their names.
+        ranks: the budgets.
+        seeds: outermost.
+        chosen: as `chosen_rates` gives them.
+        one: an arm whose rate all train at instead.
 
     Raises:
         ValueError: an arm has not been run on dev at this budget.
@@ -85,12 +101,11 @@ def at_chosen_rates(
     for seed in seeds:
         for rank in ranks:
             for arm in arms:
-                of = arm.partition(":")[2] or arm
-                rate = chosen.get((task, arm, rank)) or chosen.get((task, of, rank))
+                rate = rate_of(chosen, task, one or arm, rank)
                 if rate is None:
                     raise ValueError(
-                        f"arm {arm!r}: expected dev runs of {task} at the budget of rank {rank}, "
-                        "which choose its rate; got none"
+                        f"arm {one or arm!r}: expected dev runs of {task} at the budget of rank "
+                        f"{rank}, which choose its rate; got none"
                     )
                 found.append(Run(task, arm, rank, rate, seed, "test"))
     return found

@@ -75,6 +75,17 @@ def training(results: Results) -> dict[str, Any]:
     return found
 
 
+def training_at_one_rate(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """By task, the rows of all arms at the rate that was chosen for uniform ranks."""
+    return {
+        task: [
+            {"name": arm_name(row.arm), **asdict(row)}
+            for row in rows(results, task, one_rate="uniform")
+        ]
+        for task in TASKS
+    }
+
+
 def first_ranks(results: Results) -> dict[str, dict[str, dict[str, int]]]:
     """By task and arm, the ranks of the first test run at the tightest budget."""
     found: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
@@ -138,13 +149,13 @@ def pictures(summary: Mapping[str, Any], folder: Path) -> None:
     from lorambo_alloc.plots import intervals, rank_map
 
     shown = [
-        (
-            f"{MODELS[task]}, budget of rank {row['rank']}",
-            arm_name(row["arm"]),
-            *row["difference"],
-        )
+        (f"{MODELS[task]}, budget of rank {row['rank']}{at}", row["name"], *row["difference"])
         for task, by_baseline in summary["training"].items()
-        for row in by_baseline["uniform"]
+        for found, at in (
+            (by_baseline["uniform"], ""),
+            (summary["training_at_one_rate"][task], ", all at uniform's rate"),
+        )
+        for row in found
         if row["difference"] is not None
     ]
     if shown:
@@ -218,6 +229,7 @@ def main(arguments: Sequence[str]) -> None:
     cuts = RESULTS / "finetune" / "extraction.json"
     summary = {
         "training": training(results),
+        "training_at_one_rate": training_at_one_rate(results),
         "ranks": first_ranks(results),
         "extraction": extraction(json.loads(cuts.read_text(encoding="utf-8"))["rows"]),
     }

@@ -108,6 +108,22 @@ def test_an_arm_that_was_tested_at_two_rates_is_refused():
         rows(results, "t")
 
 
+def test_arms_are_compared_at_their_own_rates_or_at_one() -> None:
+    loss = {("uniform", 1e-3): 2.0, ("a", 1e-3): 3.0, ("a", 2e-3): 1.0, ("inverted:a", 2e-3): 4.0}
+    results = {
+        Run("t", arm, 1, rate, 0, "test"): result(np.full(9, value))
+        for (arm, rate), value in loss.items()
+    }
+    for (arm, rate), value in {("uniform", 1e-3): 0.2, ("a", 1e-3): 0.2, ("a", 2e-3): 0.1}.items():
+        results[Run("t", arm, 1, rate, 0, "dev")] = result([value])
+    assert [(row.arm, row.loss) for row in rows(results, "t")] == [
+        ("a", 1.0), ("inverted:a", 4.0), ("uniform", 2.0),
+    ]  # fmt: skip
+    assert [(row.arm, row.loss) for row in rows(results, "t", one_rate="uniform")] == [
+        ("a", 3.0), ("uniform", 2.0),
+    ]  # fmt: skip
+
+
 def test_a_row_says_how_many_seeds_its_difference_is_of():
     results = {
         Run("t", arm, 1, 1e-3, seed, "test"): result(np.arange(4) + seed * (arm == "a"))

@@ -139,3 +139,7 @@ def test_test_runs_have_the_rates_that_dev_chose():
     assert {run.split for run in found} == {"test"}
     with pytest.raises(ValueError, match="'ours': expected dev runs of t at the budget of rank 2"):
         at_chosen_rates("t", ["ours"], [2], [0], chosen)
+    one = at_chosen_rates("t", ["uniform", "shuffled:ours"], [1], [0], chosen, "uniform")
+    assert [run.rate for run in one] == [1e-3, 1e-3]
+    with pytest.raises(ValueError, match="'eva': expected dev runs of t at the budget of rank 1"):
+        at_chosen_rates("t", ["uniform"], [1], [0], chosen, "eva")

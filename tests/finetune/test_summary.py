@@ -113,6 +113,7 @@ def test_the_summary_holds_what_was_tested(tmp_path: Path, monkeypatch: pytest.M
     assert ours["name"] == "K-FAC"
     assert ours["difference"] == pytest.approx([-0.5, -0.5, -0.5])
     assert found["training"]["gemma"] == {"uniform": [], "mlp_only": []}
+    assert found["training_at_one_rate"]["minilm"] == found["training"]["minilm"]["uniform"]
     assert found["ranks"] == {"minilm": {"K-FAC": ranks}}
     for name in ("training", "extraction", "ranks_minilm"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
