@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.finetune.arms import Start, arm_of, starting_ranks
+from benchmarks.finetune.arms import CONTROLS, Start, arm_of, control, starting_ranks
 from benchmarks.finetune.task import Task
+from lorambo_adapters.layers import find_layers
 from lorambo_alloc.storage import replacing
 
 if TYPE_CHECKING:
@@ -24,11 +26,17 @@ def kept_start(run: Run, task: Task, settings: Settings, folder: Path) -> Start:
 
     Signals that train (a short run, AdaLoRA) do so at the lowest rate of the task's grid, so that
     their ranks do not depend on the run's rate. A file tells what it was measured with; where that
-    was other settings, it is measured anew.
+    was other settings, it is measured anew. A control permutes the kept ranks of its arm.
     """
     from benchmarks.finetune.protocol import protocol
 
     arm = arm_of(run.arm)
+    kind, _, of = run.arm.partition(":")
+    if kind in CONTROLS:
+        start = kept_start(replace(run, arm=of), task, settings, folder)
+        costs = {layer.name: sum(layer.shape) for layer in find_layers(task.model(), task.targets)}
+        ranks = control(run.arm, start.ranks, costs, run.seed)
+        return Start(ranks, None, start.seconds)
     rate = min(protocol(run.task).rates)
     options = {
         "rank": run.rank,
@@ -39,7 +47,7 @@ def kept_start(run: Run, task: Task, settings: Settings, folder: Path) -> Start:
     }
     if arm.curves is None and arm.ranks is None:
         return starting_ranks(run.arm, task, **options)
-    name = f"{run.arm.replace(':', '-')}-b{run.rank}-s{run.seed}.json"
+    name = f"{run.arm}-b{run.rank}-s{run.seed}.json"
     path = folder / run.task / name
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if content.get("options") != options:

@@ -210,6 +210,18 @@ def test_a_start_is_kept_for_the_settings_that_it_was_measured_with(task, tmp_pa
     assert (seen[1]["size"], seen[1]["batches"]) == (4, 9)
 
 
+@pytest.mark.parametrize("kind", ["shuffled", "inverted"])
+def test_a_control_permutes_the_ranks_that_were_measured(kind, task, tmp_path, monkeypatch):
+    agreed = replace(protocols.protocol("minilm"), rates=(1e-2, 2e-2))
+    monkeypatch.setattr(protocols, "protocol", lambda name: agreed)
+    run = Run("tiny", f"{kind}:gradient", 1, 1e-2, 5, "dev")
+    own = starting_ranks(run.arm, task, rank=1, seed=5, rate=1e-2, batches=2, size=8)
+    assert starts.kept_start(run, task, SETTINGS, tmp_path).ranks == own.ranks
+    assert [path.name for path in tmp_path.glob("*/*")] == ["gradient-b1-s5.json"]
+    with pytest.raises(ValueError, match="control of an arm with measured ranks"):
+        starts.kept_start(replace(run, arm=f"{kind}:uniform"), task, SETTINGS, tmp_path)
+
+
 def test_a_signal_that_tells_nothing_has_no_correlation_at_one_cost():
     draw = np.random.default_rng(0)
     names = [str(i) for i in range(900)]
