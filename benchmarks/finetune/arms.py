@@ -54,6 +54,8 @@ class Arm:
         warm: steps that the head is trained for, in a copy, before anything is measured.
         online: whether and how the ranks follow the training.
         in_loss_units: the signal's values are, so that an online arm goes on from them.
+        power: a layer's scale falls with this power of its rank, and is the same as in all other
+            arms at the uniform rank; 1/2 is rsLoRA's rule, 1 LoRA's with one alpha.
         trains: what is trained: "adapters" (and the head), "all" weights, or the "head" alone.
     """
 
@@ -62,6 +64,7 @@ class Arm:
     warm: int = 0
     online: Online | None = None
     in_loss_units: bool = False
+    power: float = 0.0
     trains: str = "adapters"
 
 
@@ -69,6 +72,10 @@ ARMS: dict[str, Arm] = {
     "uniform": Arm(),
     "gradient": Arm(curves=signals.gradient),
     "gradient_warm": Arm(curves=signals.gradient, warm=50),
+    "gradient_rs": Arm(curves=signals.gradient, power=0.5),
+    "gradient_rs_warm": Arm(curves=signals.gradient, power=0.5, warm=50),
+    "gradient_alpha": Arm(curves=signals.gradient, power=1.0),
+    "gradient_alpha_warm": Arm(curves=signals.gradient, power=1.0, warm=50),
     "nuclear": Arm(curves=signals.gradient_nuclear),
     "nuclear_warm": Arm(curves=signals.gradient_nuclear, warm=50),
     "kfac": Arm(curves=signals.kfac),

@@ -34,6 +34,8 @@ MODELS = {"minilm": "MiniLM", "mpnet": "MPNet", "gemma": "Gemma 3 270M"}
 ARMS = {
     "gradient_warm": "gradient",
     "gradient": "gradient",
+    "gradient_rs_warm": "gradient, rsLoRA's scale",
+    "gradient_rs": "gradient, rsLoRA's scale",
     "kfac_warm": "K-FAC",
     "kfac": "K-FAC",
     "coupled_warm": "coupled",

@@ -90,6 +90,8 @@ def train(
         model = adapted(
             base, task, start.ranks, seed, settings.scale, moving=arm.online is not None
         )
+        if arm.power:
+            rescale(model, rank, arm.power)
     else:
         model = _whole(base, task, arm.trains)
     model.train()
@@ -229,6 +231,16 @@ def adapted(
     if wrapped != ranks:
         resize(model, ranks)
     return model
+
+
+def rescale(model: torch.nn.Module, rank: int, power: float) -> None:
+    """Multiply the scale of each layer of a PEFT model by (rank / its own rank) ** power."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for adapter, own in module.r.items():
+                module.scaling[adapter] *= (rank / own) ** power
 
 
 def _whole(base: torch.nn.Module, task: Task, trains: str) -> Any:

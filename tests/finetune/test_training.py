@@ -17,7 +17,14 @@ from benchmarks.finetune.arms import ARMS, Start, control, starting_ranks  # noq
 from benchmarks.finetune.predicted import correlations  # noqa: E402
 from benchmarks.finetune.runs import Run  # noqa: E402
 from benchmarks.finetune.task import evaluate, shuffled  # noqa: E402
-from benchmarks.finetune.training import Settings, adapted, losses_of, right_of, train  # noqa: E402
+from benchmarks.finetune.training import (  # noqa: E402
+    Settings,
+    adapted,
+    losses_of,
+    rescale,
+    right_of,
+    train,
+)
 from lorambo_adapters.layers import find_layers  # noqa: E402
 from tests.finetune.tiny_task import TinyTask  # noqa: E402
 
@@ -118,6 +125,30 @@ def test_layers_start_from_the_same_rows_whatever_their_rank(task):
         assert small[name].abs().max() <= small[name].shape[1] ** -0.5
     different = adapted(task.model(), task, first, 6, 2.0)
     assert not torch.equal(dict(different.named_parameters())[names[0]], small[names[0]])
+
+
+@pytest.mark.parametrize("name", ["gradient", "gradient_rs", "gradient_alpha"])
+def test_scales_fall_with_a_power_of_the_rank(task, name):
+    names = list(costs_of(task))
+    model = adapted(task.model(), task, {names[0]: 1, names[1]: 2, names[2]: 8}, 5, 3.0)
+    rescale(model, 2, ARMS[name].power)
+    modules = dict(model.named_modules())
+    found = [modules[f"base_model.model.{n}"].scaling["default"] for n in names[:3]]
+    power = {"gradient": 0, "gradient_rs": 0.5, "gradient_alpha": 1}[name]
+    assert found == pytest.approx([3 * 2**power, 3, 3 / 4**power])
+
+
+def test_an_arm_trains_with_its_scales(task):
+    even = dict.fromkeys(costs_of(task), 2)
+    first, second = [name for name in even if name.endswith("query")]
+    uneven = even | {first: 3, second: 1}
+
+    def loss(name, ranks):
+        start = Start(ranks, None, 0.0)
+        return train(task, name, start, rank=2, rate=1e-2, seed=0, settings=SETTINGS)["loss"]
+
+    assert loss("gradient_alpha", even) == loss("gradient", even)
+    assert loss("gradient_alpha", uneven) != loss("gradient", uneven)
 
 
 def test_the_order_of_the_batches_is_of_the_seed_alone(task):
