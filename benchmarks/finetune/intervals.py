@@ -61,6 +61,18 @@ def paired_interval(
     return Interval(float(matrix.mean()), float(low), float(high))
 
 
+def seed_interval(differences: npt.ArrayLike, *, level: float = 0.95) -> Interval | None:
+    """The mean of one number a seed, and Student's interval; None of fewer than two seeds."""
+    from scipy.stats import t
+
+    values = np.asarray(differences, dtype=np.float64)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return None
+    half = float(t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    return Interval(mean, mean - half, mean + half)
+
+
 def crossed_interval(differences: npt.ArrayLike, *, level: float = 0.95) -> Interval | None:
     """The mean of paired differences, and Student's interval of two crossed random effects.
 

@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.finetune.intervals import Interval, crossed_interval, paired_interval
+from benchmarks.finetune.intervals import (
+    Interval,
+    crossed_interval,
+    paired_interval,
+    seed_interval,
+)
 from benchmarks.finetune.runs import Run, rate_of
 from benchmarks.finetune.training import losses_of
 from benchmarks.report import markdown
@@ -156,18 +161,7 @@ def rows(
     Raises:
         ValueError: an arm for which dev chose no rate was tested at two at one budget.
     """
-    runs: dict[tuple[int, str], dict[int, tuple[Run, Mapping[str, Any]]]] = defaultdict(dict)
-    chosen = chosen_rates(results)
-    for run, result in results.items():
-        wanted = rate_of(chosen, task, one_rate or run.arm, run.rank)
-        if run.task == task and run.split == "test" and wanted in (None, run.rate):
-            other = next(iter(runs[run.rank, run.arm].values()), (run, result))[0]
-            if other.rate != run.rate:
-                raise ValueError(
-                    f"{run.path}: expected test runs at one rate, got {other.rate:g} and "
-                    f"{run.rate:g}"
-                )
-            runs[run.rank, run.arm][run.seed] = (run, result)
+    runs = _tested(results, task, one_rate)
     found: list[Row] = []
     for (rank, arm), by_seed in sorted(runs.items()):
         values = [by_seed[seed] for seed in sorted(by_seed)]
@@ -195,6 +189,49 @@ def rows(
                 measuring / (measuring + training),
             )
         )
+    return found
+
+
+def _tested(
+    results: Results, task: str, one_rate: str | None
+) -> dict[tuple[int, str], dict[int, tuple[Run, Mapping[str, Any]]]]:
+    """By budget and arm, the test runs of each seed."""
+    runs: dict[tuple[int, str], dict[int, tuple[Run, Mapping[str, Any]]]] = defaultdict(dict)
+    chosen = chosen_rates(results)
+    for run, result in results.items():
+        wanted = rate_of(chosen, task, one_rate or run.arm, run.rank)
+        if run.task == task and run.split == "test" and wanted in (None, run.rate):
+            other = next(iter(runs[run.rank, run.arm].values()), (run, result))[0]
+            if other.rate != run.rate:
+                raise ValueError(
+                    f"{run.path}: expected test runs at one rate, got {other.rate:g} and "
+                    f"{run.rate:g}"
+                )
+            runs[run.rank, run.arm][run.seed] = (run, result)
+    return runs
+
+
+def learning(
+    results: Results, task: str, rank: int = 1, baseline: str = "uniform"
+) -> dict[str, list[Interval]]:
+    """By arm, its training loss less the baseline's in each tenth of the training.
+
+    Of the test runs at the rate that was chosen for the baseline: seeds are paired, and with one
+    seed all arms see the same batches in the same order. Intervals are Student's, over seeds; arms
+    with fewer than two in pairs are left out.
+    """
+    runs = _tested(results, task, baseline)
+    theirs = runs.get((rank, baseline), {})
+    found: dict[str, list[Interval]] = {}
+    for (budget, arm), ours in sorted(runs.items()):
+        seeds = sorted(set(ours) & set(theirs))
+        if budget != rank or arm == baseline or len(seeds) < 2:
+            continue
+        matrix = [
+            np.subtract(ours[s][1]["train_losses"], theirs[s][1]["train_losses"]) for s in seeds
+        ]
+        by_tenth = [seed_interval(column) for column in np.transpose(matrix)]
+        found[arm] = [interval for interval in by_tenth if interval is not None]
     return found
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.finetune.intervals import paired_interval
 from benchmarks.finetune.protocol import protocol
-from benchmarks.finetune.report import Results, rows
+from benchmarks.finetune.report import Results, learning, rows
 from benchmarks.finetune.rules import DEFAULT, ENERGY, FIT_ALONE, PLAIN, UNFITTED
 from benchmarks.finetune.runs import check_protocol, finished
 from benchmarks.finetune.training import losses_of
@@ -232,6 +232,10 @@ def main(arguments: Sequence[str]) -> None:
     summary = {
         "training": training(results),
         "training_at_one_rate": training_at_one_rate(results),
+        "learning": {
+            task: {arm_name(arm): found for arm, found in learning(results, task).items()}
+            for task in TASKS
+        },
         "ranks": first_ranks(results),
         "extraction": extraction(json.loads(cuts.read_text(encoding="utf-8"))["rows"]),
     }

@@ -6,7 +6,14 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from benchmarks.finetune.report import chosen_rates, dev_table, rows, table, unsettled
+from benchmarks.finetune.report import (
+    chosen_rates,
+    dev_table,
+    learning,
+    rows,
+    table,
+    unsettled,
+)
 from benchmarks.finetune.runs import Run
 
 
@@ -122,6 +129,28 @@ def test_arms_are_compared_at_their_own_rates_or_at_one() -> None:
     assert [(row.arm, row.loss) for row in rows(results, "t", one_rate="uniform")] == [
         ("a", 3.0), ("uniform", 2.0),
     ]  # fmt: skip
+
+
+def test_learning_is_compared_tenth_by_tenth_with_the_same_seed_at_one_rate() -> None:
+    curve = np.linspace(0.7, 0.4, 10)
+    results = {}
+    for seed, shift in enumerate((0.1, 0.2, 0.3)):
+        for arm, rate, losses in (
+            ("uniform", 1e-3, curve + seed),
+            ("a", 1e-3, curve + seed - shift),
+            ("a", 2e-3, curve),
+        ):
+            run = Run("t", arm, 1, rate, seed, "test")
+            results[run] = result([1.0], train_losses=list(losses))
+    results[Run("t", "b", 1, 1e-3, 0, "test")] = result([1.0], train_losses=list(curve))
+    for arm, rate, loss in (("uniform", 1e-3, 0.2), ("a", 1e-3, 0.2), ("a", 2e-3, 0.1)):
+        results[Run("t", arm, 1, rate, 0, "dev")] = result([loss])
+    found = learning(results, "t")
+    assert list(found) == ["a"]  # one seed of b tells nothing of others
+    assert len(found["a"]) == 10
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t of two degrees of freedom, 97.5 %
+    for interval in found["a"]:
+        assert interval == pytest.approx((-0.2, -0.2 - half, -0.2 + half), abs=1e-6)
 
 
 def test_a_row_says_how_many_seeds_its_difference_is_of():

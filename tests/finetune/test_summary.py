@@ -93,6 +93,7 @@ def test_the_summary_holds_what_was_tested(tmp_path: Path, monkeypatch: pytest.M
             "loss": 1.5 - shift,
             "accuracy": 0.5,
             "parameters": 3,
+            "train_losses": [2.0 - shift, 1.0 - shift],
             "ranks": {name: rank * value for name, value in ranks.items()},
             "seconds": {"measure": 1.0, "train": 4.0, "online": None, "evaluate": 1.0},
         }
@@ -114,6 +115,7 @@ def test_the_summary_holds_what_was_tested(tmp_path: Path, monkeypatch: pytest.M
     assert ours["difference"] == pytest.approx([-0.5, -0.5, -0.5])
     assert found["training"]["gemma"] == {"uniform": [], "mlp_only": []}
     assert found["training_at_one_rate"]["minilm"] == found["training"]["minilm"]["uniform"]
+    assert found["learning"] == {"minilm": {"K-FAC": [[-0.5] * 3] * 2}, "mpnet": {}, "gemma": {}}
     assert found["ranks"] == {"minilm": {"K-FAC": ranks}}
     for name in ("training", "extraction", "ranks_minilm"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
