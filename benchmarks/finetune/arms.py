@@ -53,6 +53,7 @@ class Arm:
         ranks: a rule's own ranks, moved as little as spending the budget exactly takes.
         warm: steps that the head is trained for, in a copy, before anything is measured.
         online: whether and how the ranks follow the training.
+        floor: ranks that every layer has; only those above it are chosen.
         in_loss_units: the signal's values are, so that an online arm goes on from them.
         power: a layer's scale falls with this power of its rank, and is the same as in all other
             arms at the uniform rank; 1/2 is rsLoRA's rule, 1 LoRA's with one alpha.
@@ -63,6 +64,7 @@ class Arm:
     ranks: Callable[[Measuring], dict[str, int]] | None = None
     warm: int = 0
     online: Online | None = None
+    floor: int = 0
     in_loss_units: bool = False
     power: float = 0.0
     trains: str = "adapters"
@@ -72,6 +74,8 @@ ARMS: dict[str, Arm] = {
     "uniform": Arm(),
     "gradient": Arm(curves=signals.gradient),
     "gradient_warm": Arm(curves=signals.gradient, warm=50),
+    "gradient_floor": Arm(curves=signals.gradient, floor=1),
+    "gradient_floor_warm": Arm(curves=signals.gradient, floor=1, warm=50),
     "gradient_rs": Arm(curves=signals.gradient, power=0.5),
     "gradient_rs_warm": Arm(curves=signals.gradient, power=0.5, warm=50),
     "gradient_alpha": Arm(curves=signals.gradient, power=1.0),
@@ -165,7 +169,9 @@ def starting_ranks(
     curves = None
     if arm.curves is not None:
         curves = {layer: _long_enough(c, rank + 1) for layer, c in arm.curves(measuring).items()}
-        ranks = spend_exactly(curves, costs, budget)
+        above = {layer: curve[arm.floor :] for layer, curve in curves.items()}
+        chosen = spend_exactly(above, costs, budget - arm.floor * sum(costs.values()))
+        ranks = {layer: arm.floor + more for layer, more in chosen.items()}
     else:
         assert arm.ranks is not None
         ranks = nearest_exact(arm.ranks(measuring), costs, budget)

@@ -215,6 +215,16 @@ def test_a_short_run_learns_more_ranks_than_uniform_has(task):
     assert max(found.ranks.values()) > 3
 
 
+def test_with_a_floor_every_layer_has_a_rank(task):
+    ranks = {
+        name: starting_ranks(name, task, rank=2, seed=0, rate=1e-2, batches=2, size=8).ranks
+        for name in ("gradient", "gradient_floor")
+    }
+    assert min(ranks["gradient"].values()) == 0
+    assert min(ranks["gradient_floor"].values()) == 1
+    assert max(ranks["gradient_floor"].values()) > 2
+
+
 def test_a_single_step_has_a_schedule(task):
     start = Start(dict.fromkeys(costs_of(task), 1), None, 0.0)
     settings = replace(SETTINGS, steps=1)
