@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.finetune.arms import CONTROLS, Start, arm_of, control, starting_ranks
+from benchmarks.finetune.arms import ARMS, CONTROLS, Start, arm_of, control, starting_ranks
 from benchmarks.finetune.task import Task
 from lorambo_adapters.layers import find_layers
 from lorambo_alloc.storage import replacing
@@ -26,7 +26,8 @@ def kept_start(run: Run, task: Task, settings: Settings, folder: Path) -> Start:
 
     Signals that train (a short run, AdaLoRA) do so at the lowest rate of the task's grid, so that
     their ranks do not depend on the run's rate. A file tells what it was measured with; where that
-    was other settings, it is measured anew. A control permutes the kept ranks of its arm.
+    was other settings, it is measured anew. A control permutes the kept ranks of its arm, and arms
+    that differ in their scales alone share them.
     """
     from benchmarks.finetune.protocol import protocol
 
@@ -47,7 +48,8 @@ def kept_start(run: Run, task: Task, settings: Settings, folder: Path) -> Start:
     }
     if arm.curves is None and arm.ranks is None:
         return starting_ranks(run.arm, task, **options)
-    name = f"{run.arm}-b{run.rank}-s{run.seed}.json"
+    same = next(name for name, other in ARMS.items() if other == replace(arm, power=0.0))
+    name = f"{same}-b{run.rank}-s{run.seed}.json"
     path = folder / run.task / name
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if content.get("options") != options:

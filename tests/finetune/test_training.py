@@ -249,6 +249,9 @@ def test_a_start_is_kept_for_the_settings_that_it_was_measured_with(task, tmp_pa
     starts.kept_start(at, task, replace(SETTINGS, batch=4, measured=9), tmp_path)
     assert len(seen) == 2
     assert (seen[1]["size"], seen[1]["batches"]) == (4, 9)
+    scaled = replace(at, arm="gradient_alpha")
+    starts.kept_start(scaled, task, replace(SETTINGS, batch=4, measured=9), tmp_path)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "inverted"])
