@@ -17,6 +17,7 @@ FURTHER = {
     "predicted": "what signals foretell of each layer, against what it saves alone",
     "extraction": "fine-tuned models cut to adapters at equal parameters",
     "summary": "one file and pictures of all that was tested",
+    "measuring": "what less measuring of the gradient costs, and how good its ranks are",
     "quality": "captured gain of ours and others' rules on the models' spectra",
     "paper": "the settings of the paper, with models and data from the hub",
 }

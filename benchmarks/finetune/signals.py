@@ -67,9 +67,9 @@ class Measuring:
         return max(64, 4 * self.rank)
 
 
-def gradient(measuring: Measuring) -> Curves:
+def gradient(measuring: Measuring, *, passes: int = 3) -> Curves:
     """Energy of the mean gradient: sigma^2 a rank."""
-    return _sums(_gradient(measuring), 2)
+    return _sums(_gradient(measuring, passes), 2)
 
 
 def gradient_nuclear(measuring: Measuring) -> Curves:
@@ -206,12 +206,13 @@ def _mean_gradients(measuring: Measuring) -> dict[str, torch.Tensor]:
     return found
 
 
-def _gradient(measuring: Measuring) -> Spectra:
+def _gradient(measuring: Measuring, passes: int = 3) -> Spectra:
     return gradient_spectra(
         measuring.model,
         list(measuring.batches),
         targets=list(measuring.layers),
         rank=measuring.most // 2,
+        passes=passes,
         seed=measuring.seed,
     )
 
