@@ -93,11 +93,14 @@ def training_at_one_rate(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 
 def first_ranks(results: Results) -> dict[str, dict[str, dict[str, int]]]:
-    """By task and arm, the ranks of the first test run at the tightest budget."""
+    """By task and arm, the ranks of the first test run at the tightest budget; each map once."""
     found: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
     for run, result in sorted(results.items(), key=lambda item: (item[0].rank, item[0])):
-        if run.split == "test" and result["ranks"] is not None and run.arm != "uniform":
-            found[run.task].setdefault(arm_name(run.arm), result["ranks"])
+        ranks = result["ranks"]
+        if run.split != "test" or ranks is None or run.arm == "uniform":
+            continue
+        if ranks not in found[run.task].values():  # arms that differ in their scales share them
+            found[run.task].setdefault(arm_name(run.arm), ranks)
     return found
 
 
@@ -154,16 +157,17 @@ def pictures(summary: Mapping[str, Any], folder: Path) -> None:
     """Intervals of both comparisons, and the rank maps at the tightest budget."""
     from lorambo_alloc.plots import intervals, rank_map
 
-    shown = [
-        (f"{MODELS[task]}, budget of rank {row['rank']}{at}", row["name"], *row["difference"])
-        for task, by_baseline in summary["training"].items()
-        for found, at in (
-            (by_baseline["uniform"], ""),
-            (summary["training_at_one_rate"][task], ", all at uniform's rate"),
-        )
-        for row in found
-        if row["difference"] is not None
-    ]
+    shown: list[tuple[Any, ...]] = []
+    for task, by_baseline in summary["training"].items():
+        own = by_baseline["uniform"]
+        once = [row for row in summary["training_at_one_rate"][task] if row not in own]
+        for found, at in ((own, ""), (once, ", all at uniform's rate")):
+            group = f"{MODELS[task]}, budget of rank {{rank}}{at}"
+            shown += [
+                (group.format(rank=row["rank"]), row["name"], *row["difference"])
+                for row in found
+                if row["difference"] is not None and row["paired"] > 1
+            ]
     if shown:
         _save(intervals(shown, against="uniform ranks"), folder / "training.png")
     cuts = [
