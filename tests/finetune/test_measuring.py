@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -16,7 +17,10 @@ from tests.finetune.tiny_task import TinyTask
 
 def test_ranks_are_judged_by_the_energy_that_they_keep():
     costs = {"a": 1, "b": 1}
-    judge = {"a": [0.0, 8.0, 12.0] + [12.0] * 14, "b": [0.0, 1.0, 2.0] + [2.0] * 14}
+    judge = {
+        "a": np.array([0.0, 8.0, 12.0] + [12.0] * 14),
+        "b": np.array([0.0, 1.0, 2.0] + [2.0] * 14),
+    }
     wrong = {"a": judge["b"], "b": judge["a"]}
     assert measuring.kept(judge, judge, costs) == {"1": 1.0, "2": 1.0, "8": 1.0}
     assert measuring.kept(None, judge, costs) == {"1": 9 / 12, "2": 1.0, "8": 1.0}
