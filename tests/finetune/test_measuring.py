@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,3 +41,20 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert all(0 < share <= 1 + 1e-9 for found in shares for share in found.values())
     assert content["uniform"]["1"] < 1
     assert f"{content['rows'][3]['kept']['1']:.1%}" in capsys.readouterr().out
+
+
+def test_ranks_are_judged_on_batches_that_none_was_measured_on(monkeypatch):
+    seen = []
+
+    def recorded(some, *, passes=3):
+        seen.append(([batch["input_ids"].tolist() for batch in some.batches], passes))
+        return {layer.name: np.arange(65.0) ** 0.5 for layer in some.layers}
+
+    monkeypatch.setattr(measuring, "gradient", recorded)
+    task: Any = TinyTask()
+    measuring.measured(task, batches=4, size=3, seed=0)
+    (judge, three), *others = seen
+    assert (len(judge), three) == (4, 3)
+    sizes = [(len(batches), passes) for batches, passes in others]
+    assert sizes == [(4, 3), (4, 1), (1, 3), (1, 1)]
+    assert all(batch not in judge for batches, _ in others for batch in batches)

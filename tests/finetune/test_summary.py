@@ -82,6 +82,14 @@ def test_readers_are_given_names(arm: str, name: str) -> None:
     assert summary.arm_name(arm) == name
 
 
+def test_arms_of_the_same_ranks_have_one_map() -> None:
+    results: dict[Run, dict[str, Any]] = {
+        Run("gemma", arm, 1, 1e-3, 0, "test"): {"ranks": {"q": rank}}
+        for arm, rank in (("gradient", 2), ("gradient_rs", 2), ("eva", 1), ("uniform", 1))
+    }
+    assert summary.first_ranks(results) == {"gemma": {"EVA": {"q": 1}, "gradient": {"q": 2}}}
+
+
 def test_the_summary_holds_what_was_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     stamp = protocol("minilm").stamp
