@@ -153,21 +153,30 @@ def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"means": means, "pairs": pairs}
 
 
+def differences(summary: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Group, arm and interval of each paired difference to uniform ranks, of two seeds or more.
+
+    At uniform's rate only the arms whose own rate is another: the others are there already.
+    """
+    found: list[tuple[Any, ...]] = []
+    for task, by_baseline in summary["training"].items():
+        own = by_baseline["uniform"]
+        once = [row for row in summary["training_at_one_rate"][task] if row not in own]
+        for compared, at in ((own, ""), (once, ", all at uniform's rate")):
+            budget = f"{MODELS[task]}, budget of rank"
+            found += [
+                (f"{budget} {row['rank']}{at}", row["name"], *row["difference"])
+                for row in compared
+                if row["difference"] is not None and row["paired"] > 1
+            ]
+    return found
+
+
 def pictures(summary: Mapping[str, Any], folder: Path) -> None:
     """Intervals of both comparisons, and the rank maps at the tightest budget."""
     from lorambo_alloc.plots import intervals, rank_map
 
-    shown: list[tuple[Any, ...]] = []
-    for task, by_baseline in summary["training"].items():
-        own = by_baseline["uniform"]
-        once = [row for row in summary["training_at_one_rate"][task] if row not in own]
-        for found, at in ((own, ""), (once, ", all at uniform's rate")):
-            group = f"{MODELS[task]}, budget of rank {{rank}}{at}"
-            shown += [
-                (group.format(rank=row["rank"]), row["name"], *row["difference"])
-                for row in found
-                if row["difference"] is not None and row["paired"] > 1
-            ]
+    shown = differences(summary)
     if shown:
         _save(intervals(shown, against="uniform ranks"), folder / "training.png")
     cuts = [

@@ -90,6 +90,22 @@ def test_arms_of_the_same_ranks_have_one_map() -> None:
     assert summary.first_ranks(results) == {"gemma": {"EVA": {"q": 1}, "gradient": {"q": 2}}}
 
 
+def test_each_difference_of_two_seeds_or_more_is_shown_once() -> None:
+    row = {"name": "gradient", "rank": 1, "rate": 2e-3, "paired": 8, "difference": [0.1, 0.0, 0.2]}
+    other = {**row, "name": "EVA", "rate": 4e-3}
+    single, uniform = {**row, "name": "GoRA", "paired": 1}, {**row, "difference": None}
+    content = {
+        "training": {"gemma": {"uniform": [row, other, single, uniform]}},
+        "training_at_one_rate": {"gemma": [row, {**other, "rate": 2e-3}, uniform]},
+    }
+    group = "Gemma 3 270M, budget of rank 1"
+    assert summary.differences(content) == [
+        (group, "gradient", 0.1, 0.0, 0.2),
+        (group, "EVA", 0.1, 0.0, 0.2),
+        (f"{group}, all at uniform's rate", "EVA", 0.1, 0.0, 0.2),
+    ]
+
+
 def test_the_summary_holds_what_was_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     stamp = protocol("minilm").stamp
