@@ -16,7 +16,7 @@ from benchmarks.finetune.intervals import (
     paired_interval,
     seed_interval,
 )
-from benchmarks.finetune.runs import Run, rate_of
+from benchmarks.finetune.runs import Run, rate_of, tuned
 from benchmarks.finetune.training import losses_of
 from benchmarks.report import markdown
 
@@ -95,9 +95,8 @@ def unsettled(
     """
     chosen, found = chosen_rates(results), list[str]()
     for arm, rank in product(arms, ranks):
-        own = (task, arm, rank)
-        key = own if own in chosen else (task, arm.partition(":")[2], rank)
-        if key not in chosen:
+        key = tuned(chosen, task, arm, rank)
+        if key is None:
             continue
         by_rate: dict[float, dict[int, float]] = defaultdict(dict)
         for run, result in results.items():

@@ -71,9 +71,16 @@ Rates = Mapping[tuple[str, str, int], float]
 """By task, arm and budget, the rate that dev chose."""
 
 
+def tuned(chosen: Rates, task: str, arm: str, rank: int) -> tuple[str, str, int] | None:
+    """Whose rate an arm takes: its own, or that of the arm that it is a control of."""
+    keys = (task, arm, rank), (task, arm.partition(":")[2], rank)
+    return next((key for key in keys if key in chosen), None)
+
+
 def rate_of(chosen: Rates, task: str, arm: str, rank: int) -> float | None:
     """The rate that dev chose for an arm, or for the arm that it is a control of."""
-    return chosen.get((task, arm, rank)) or chosen.get((task, arm.partition(":")[2], rank))
+    key = tuned(chosen, task, arm, rank)
+    return None if key is None else chosen[key]
 
 
 def at_chosen_rates(
