@@ -125,7 +125,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from benchmarks.finetune.protocol import protocol
-    from benchmarks.finetune.report import dev_table, rows, table
+    from benchmarks.finetune.report import dev_table, frame, rows, table
     from benchmarks.finetune.runs import check_protocol, finished
 
     results = finished()
@@ -134,6 +134,8 @@ def _report(options: argparse.Namespace) -> None:
         print(dev_table(results, options.task))
     else:
         print(table(rows(results, options.task, one_rate=options.rate_of)))
+        print("\nLess uniform ranks at the least budget:\n")
+        print(table(frame(results, options.task)))
 
 
 if __name__ == "__main__":

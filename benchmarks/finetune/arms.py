@@ -107,6 +107,9 @@ ARMS: dict[str, Arm] = {
 
 CONTROLS = ("shuffled", "inverted")
 
+FRAME = tuple(name for name, arm in ARMS.items() if arm.trains != "adapters")
+"""What the adapters are seen against: more or fewer parameters, which are no budget's."""
+
 
 @dataclass(frozen=True)
 class Start:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.finetune.arms import FRAME
 from benchmarks.finetune.intervals import (
     Interval,
     crossed_interval,
@@ -37,7 +38,8 @@ class Row:
         parameters: of the adapters.
         loss: mean over seeds and examples.
         accuracy: likewise; None for language models.
-        difference: of the loss to uniform ranks at the same budget; None for uniform itself.
+        difference: of the loss to uniform ranks at the same budget (in `frame`: at the least
+            one); None for these themselves.
         crossed: the same with Student's interval (`crossed_interval`), which few seeds need.
         accuracy_difference: mean over the seeds.
         measuring: seconds before the training, and of the measurements within it.
@@ -151,6 +153,8 @@ def rows(
 ) -> list[Row]:
     """The test runs of a task, an arm and budget a row, in pairs with the baseline's.
 
+    Those that train other things than adapters are not among them: `frame` has those.
+
     Args:
         results: all runs.
         task: its name.
@@ -163,32 +167,52 @@ def rows(
     runs = _tested(results, task, one_rate)
     found: list[Row] = []
     for (rank, arm), by_seed in sorted(runs.items()):
-        values = [by_seed[seed] for seed in sorted(by_seed)]
-        seconds = [result["seconds"] for _, result in values]
-        measuring = float(np.mean([part["measure"] + (part["online"] or 0.0) for part in seconds]))
-        training = float(np.mean([part["train"] - (part["online"] or 0.0) for part in seconds]))
-        accuracies = [result["accuracy"] for _, result in values]
-        against = {} if arm == baseline else runs.get((rank, baseline), {})
-        difference, crossed, gained = _against(by_seed, against)
-        found.append(
-            Row(
-                task,
-                arm,
-                rank,
-                values[0][0].rate,
-                tuple(sorted(by_seed)),
-                len(set(by_seed) & set(against)),
-                values[0][1]["parameters"],
-                float(np.mean([result["loss"] for _, result in values])),
-                None if accuracies[0] is None else float(np.mean(accuracies)),
-                difference,
-                crossed,
-                gained,
-                measuring,
-                measuring / (measuring + training),
-            )
-        )
+        if arm not in FRAME:
+            against = {} if arm == baseline else runs.get((rank, baseline), {})
+            found.append(_row(by_seed, against))
     return found
+
+
+def frame(results: Results, task: str, baseline: str = "uniform") -> list[Row]:
+    """What more parameters, or fewer, are worth: each less the baseline at its least budget.
+
+    The baseline at every budget, then what trains other things than adapters.
+    """
+    runs = _tested(results, task, None)
+    budgets = sorted(rank for rank, arm in runs if arm == baseline)
+    least = runs[budgets[0], baseline] if budgets else {}
+    keys = [(rank, baseline) for rank in budgets] + [key for key in sorted(runs) if key[1] in FRAME]
+    return [_row(runs[key], {} if runs[key] is least else least) for key in keys]
+
+
+Seeds = Mapping[int, tuple[Run, Mapping[str, Any]]]
+"""The runs of an arm by seed, with their results."""
+
+
+def _row(by_seed: Seeds, against: Seeds) -> Row:
+    values = [by_seed[seed] for seed in sorted(by_seed)]
+    run = values[0][0]
+    seconds = [result["seconds"] for _, result in values]
+    measuring = float(np.mean([part["measure"] + (part["online"] or 0.0) for part in seconds]))
+    training = float(np.mean([part["train"] - (part["online"] or 0.0) for part in seconds]))
+    accuracies = [result["accuracy"] for _, result in values]
+    difference, crossed, gained = _against(by_seed, against)
+    return Row(
+        run.task,
+        run.arm,
+        run.rank,
+        run.rate,
+        tuple(sorted(by_seed)),
+        len(set(by_seed) & set(against)),
+        values[0][1]["parameters"],
+        float(np.mean([result["loss"] for _, result in values])),
+        None if accuracies[0] is None else float(np.mean(accuracies)),
+        difference,
+        crossed,
+        gained,
+        measuring,
+        measuring / (measuring + training),
+    )
 
 
 def _tested(
@@ -234,10 +258,7 @@ def learning(
     return found
 
 
-def _against(
-    ours: Mapping[int, tuple[Run, Mapping[str, Any]]],
-    theirs: Mapping[int, tuple[Run, Mapping[str, Any]]],
-) -> tuple[Interval | None, Interval | None, float | None]:
+def _against(ours: Seeds, theirs: Seeds) -> tuple[Interval | None, Interval | None, float | None]:
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
         return None, None, None
@@ -259,7 +280,7 @@ def table(found: Sequence[Row]) -> str:
                 "parameters": f"{row.parameters:,}",
                 "rate": f"{row.rate:g}",
                 "held-out loss": f"{row.loss:.4f}",
-                "less uniform's": _shown(row.difference),
+                "less the baseline's": _shown(row.difference),
                 "by Student's t": _shown(row.crossed),
                 "accuracy": "" if row.accuracy is None else f"{row.accuracy:.2%}",
                 "measuring": f"{row.measuring:.0f} s ({row.share:.0%})",

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.finetune.intervals import paired_interval
 from benchmarks.finetune.protocol import protocol
-from benchmarks.finetune.report import Results, learning, rows
+from benchmarks.finetune.report import Results, frame, learning, rows
 from benchmarks.finetune.rules import DEFAULT, ENERGY, FIT_ALONE, PLAIN, UNFITTED
 from benchmarks.finetune.runs import check_protocol, finished
 from benchmarks.finetune.training import losses_of
@@ -87,6 +87,20 @@ def training_at_one_rate(results: Results) -> dict[str, list[dict[str, Any]]]:
         task: [
             {"name": arm_name(row.arm), **asdict(row)}
             for row in rows(results, task, one_rate="uniform")
+        ]
+        for task in TASKS
+    }
+
+
+def framed(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """By task, the rows of `report.frame`: what more or fewer parameters are worth."""
+    return {
+        task: [
+            {
+                "name": f"rank {row.rank} everywhere" if row.arm == "uniform" else ARMS[row.arm],
+                **asdict(row),
+            }
+            for row in frame(results, task)
         ]
         for task in TASKS
     }
@@ -249,6 +263,7 @@ def main(arguments: Sequence[str]) -> None:
     summary = {
         "training": training(results),
         "training_at_one_rate": training_at_one_rate(results),
+        "frame": framed(results),
         "learning": {
             task: {arm_name(arm): found for arm, found in learning(results, task).items()}
             for task in TASKS

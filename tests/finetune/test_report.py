@@ -9,6 +9,7 @@ pytest.importorskip("peft")
 from benchmarks.finetune.report import (
     chosen_rates,
     dev_table,
+    frame,
     learning,
     rows,
     table,
@@ -70,6 +71,31 @@ def test_budgets_are_compared_with_their_own_uniform_ranks():
         interval = found[rank, "a"]
         assert interval is not None
         assert interval.mean == pytest.approx(difference)
+
+
+def test_more_parameters_are_set_against_the_least_uniform_rank():
+    results = {
+        Run("t", arm, rank, 1e-3, seed, "test"): result(np.full(9, loss + seed))
+        for arm, rank, loss in [
+            ("head", 2, 9.0),
+            ("uniform", 8, 1.5),
+            ("uniform", 2, 2.0),
+            ("full", 2, 1.0),
+            ("a", 2, 7.0),
+        ]
+        for seed in (0, 1)
+    }
+    differences = {
+        (row.arm, row.rank): row.difference and row.difference.mean for row in frame(results, "t")
+    }
+    assert differences == {
+        ("uniform", 2): None,
+        ("uniform", 8): pytest.approx(-0.5),
+        ("full", 2): pytest.approx(-1.0),
+        ("head", 2): pytest.approx(7.0),
+    }
+    assert {row.arm for row in rows(results, "t")} == {"a", "uniform"}
+    assert frame({}, "t") == []
 
 
 def test_a_rate_that_diverged_is_not_chosen():

@@ -139,6 +139,10 @@ def test_the_summary_holds_what_was_tested(tmp_path: Path, monkeypatch: pytest.M
     assert ours["difference"] == pytest.approx([-0.5, -0.5, -0.5])
     assert found["training"]["gemma"] == {"uniform": [], "mlp_only": []}
     assert found["training_at_one_rate"]["minilm"] == found["training"]["minilm"]["uniform"]
+    assert [row["name"] for row in found["frame"]["minilm"]] == [
+        "rank 1 everywhere",
+        "rank 2 everywhere",
+    ]
     assert found["learning"] == {"minilm": {"K-FAC": [[-0.5] * 3] * 2}, "mpnet": {}, "gemma": {}}
     assert found["ranks"] == {"minilm": {"K-FAC": ranks}}
     for name in ("training", "extraction", "ranks_minilm"):
