@@ -130,6 +130,10 @@ def _report(options: argparse.Namespace) -> None:
 
     results = finished()
     check_protocol(results, options.task, protocol(options.task).stamp)
+    if not any((run.task, run.split) == (options.task, options.stage) for run in results):
+        raise ValueError(
+            f"{options.task}: expected runs of the stage {options.stage}, got none yet"
+        )
     if options.stage == "dev":
         print(dev_table(results, options.task))
     else:

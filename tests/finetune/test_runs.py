@@ -109,6 +109,13 @@ def test_what_the_protocol_forbids_is_not_begun(monkeypatch, options, message):
         main(["run", "minilm", *options])
 
 
+@pytest.mark.parametrize("stage", ["dev", "test"])
+def test_a_report_of_nothing_says_so(monkeypatch, stage):
+    monkeypatch.setattr(runs, "finished", dict)
+    with pytest.raises(SystemExit, match=f"minilm: expected runs of the stage {stage}, got none"):
+        main(["report", "minilm", "--stage", stage])
+
+
 def test_a_run_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     def broken(run, folder):
         raise RuntimeError("out of memory")
