@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.finetune.arms import arm_of, starting_ranks
+from benchmarks.finetune.arms import FRAME, arm_of, starting_ranks
 from benchmarks.finetune.paper_settings import (
     ARMS,
     DEV_SEEDS,
@@ -29,7 +29,7 @@ from benchmarks.finetune.paper_settings import (
     PaperSetting,
     nearest_rank,
 )
-from benchmarks.finetune.report import as_json, chosen_rates, rows, table
+from benchmarks.finetune.report import as_json, chosen_rates, frame, rows, table
 from benchmarks.finetune.runs import Run, execute, finished, grid
 from benchmarks.finetune.task import Task
 from benchmarks.finetune.training import Settings, train
@@ -155,7 +155,8 @@ def _trainer(
 def _summary(
     setting: PaperSetting, rank: int, parameters: int, task: str, results: Mapping[Run, Any]
 ) -> dict[str, Any]:
-    found = [row for row in rows(results, task) if row.rank == rank]
+    framed = (row for row in frame(results, task) if row.arm in FRAME)
+    found = [row for row in (*rows(results, task), *framed) if row.rank == rank]
     print(table(found))
     listed = as_json(found)
     for row in listed:

@@ -23,6 +23,9 @@ from benchmarks.report import markdown
 
 Results = Mapping[Run, Mapping[str, Any]]
 
+Seeds = Mapping[int, tuple[Run, Mapping[str, Any]]]
+"""The runs of an arm by seed, with their results."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -35,7 +38,7 @@ class Row:
         rate: learning rate of the test runs.
         seeds: of the test runs.
         paired: how many of them the baseline has been run with too: those of the differences.
-        parameters: of the adapters.
+        parameters: that are trained; of adapters without their head's.
         loss: mean over seeds and examples.
         accuracy: likewise; None for language models.
         difference: of the loss to uniform ranks at the same budget (in `frame`: at the least
@@ -185,10 +188,6 @@ def frame(results: Results, task: str, baseline: str = "uniform") -> list[Row]:
     return [_row(runs[key], {} if runs[key] is least else least) for key in keys]
 
 
-Seeds = Mapping[int, tuple[Run, Mapping[str, Any]]]
-"""The runs of an arm by seed, with their results."""
-
-
 def _row(by_seed: Seeds, against: Seeds) -> Row:
     values = [by_seed[seed] for seed in sorted(by_seed)]
     run = values[0][0]
@@ -215,9 +214,7 @@ def _row(by_seed: Seeds, against: Seeds) -> Row:
     )
 
 
-def _tested(
-    results: Results, task: str, one_rate: str | None
-) -> dict[tuple[int, str], dict[int, tuple[Run, Mapping[str, Any]]]]:
+def _tested(results: Results, task: str, one_rate: str | None) -> Mapping[tuple[int, str], Seeds]:
     """By budget and arm, the test runs of each seed."""
     runs: dict[tuple[int, str], dict[int, tuple[Run, Mapping[str, Any]]]] = defaultdict(dict)
     chosen = chosen_rates(results)

@@ -83,6 +83,14 @@ def test_the_rate_is_chosen_on_dev_and_runs_are_not_repeated(tmp_path, capsys):
     assert (tmp_path / "out.json").read_text() == first
 
 
+def test_all_weights_are_reported_beside_the_arms(tmp_path):
+    options = ["--rank", "1", "--rates", "1e-3", "--seeds", "0", "--arm", "full", "uniform"]
+    main([*stand_in(tmp_path, "t5-base/sst2"), *options])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == ["uniform", "full"]
+    assert rows[1]["parameters"] > rows[0]["parameters"]
+
+
 def test_runs_of_other_settings_are_not_mixed_in(tmp_path):
     arguments = stand_in(tmp_path, "roberta-base/qnli")
     arguments += "--arm uniform --rates 1e-3 --seeds 0".split()
