@@ -62,7 +62,10 @@ def protocol(task: str, path: Path = FILE) -> Protocol:
             f"{path.name}: [{task}]: expected other seeds than the dev_seeds, got {both[0]} in both"
         )
     settings = Settings(**{key: value for key, value in entries.items() if key in known})
-    text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    stamped = dataclasses.asdict(settings)
+    if settings.grouped == 1:  # older than this entry: earlier runs keep their stamps
+        del stamped["grouped"]
+    text = json.dumps(stamped, sort_keys=True)
     return Protocol(
         task,
         settings,

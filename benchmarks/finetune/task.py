@@ -55,28 +55,64 @@ class Task(Protocol):
         ...
 
 
-def shuffled(task: Task, size: int, seed: int) -> Iterator[Batch]:
-    """Batches of the training examples without end, in an order that the seed alone decides."""
-    order = random.Random(seed)
+def shuffled(task: Task, size: int, seed: int, grouped: int = 1) -> Iterator[Batch]:
+    """Batches of the training examples without end, in an order that the seed alone decides.
+
+    Args:
+        task: whose examples.
+        size: of a batch.
+        seed: of the order.
+        grouped: so many batches are drawn at once and filled by length, that less is padded
+            (1: in the order drawn). They come in an order drawn anew.
+    """
+    order, train = random.Random(seed), task.splits["train"]
     while True:
-        turn = order.sample(range(len(task.splits["train"])), len(task.splits["train"]))
+        turn = order.sample(range(len(train)), len(train))
+        if grouped > 1:
+            turn = _by_length(task, turn, size, grouped, order)
         for start in range(0, len(turn) - size + 1, size):
-            yield task.batch([task.splits["train"][i] for i in turn[start : start + size]])
+            yield task.batch([train[i] for i in turn[start : start + size]])
+
+
+def _by_length(
+    task: Task, turn: Sequence[int], size: int, grouped: int, order: random.Random
+) -> list[int]:
+    """Whole batches of examples of about one length, and what is left over at the end."""
+    found: list[int] = []
+    for start in range(0, len(turn), size * grouped):
+        drawn = sorted(
+            turn[start : start + size * grouped],
+            key=lambda i: tokens_in(task, task.splits["train"][i]),
+        )
+        batches = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+        short = [batches.pop()] if len(batches[-1]) < size else []
+        order.shuffle(batches)
+        found += [i for batch in [*batches, *short] for i in batch]
+    return found
+
+
+def tokens_in(task: Task, example: Any) -> int:
+    """How long an example is."""
+    return int(task.batch([example])["input_ids"].shape[1])
 
 
 @torch.no_grad()
 def evaluate(task: Task, model: torch.nn.Module, split: str, size: int = 32) -> Scores:
-    """The scores of all examples of a split, in their order."""
+    """The scores of all examples of a split, in their order.
+
+    Those of about one length are computed together, which saves padding and changes no score.
+    """
     was = model.training
     model.eval()
     examples = task.splits[split]
+    order = sorted(range(len(examples)), key=lambda i: tokens_in(task, examples[i]))
     found = [
-        task.scores(model, task.batch(examples[start : start + size]))
-        for start in range(0, len(examples), size)
+        task.scores(model, task.batch([examples[i] for i in order[start : start + size]]))
+        for start in range(0, len(order), size)
     ]
     model.train(was)
-    right = [scores.right for scores in found]
-    return Scores(
-        torch.cat([scores.losses for scores in found]).float(),
-        None if right[0] is None else torch.cat([part for part in right if part is not None]),
-    )
+    back = torch.tensor(order).argsort()
+    losses = torch.cat([scores.losses for scores in found]).float()
+    right = [scores.right for scores in found if scores.right is not None]
+    back = back.to(losses.device)
+    return Scores(losses[back], torch.cat(right)[back] if right else None)

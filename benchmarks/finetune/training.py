@@ -37,6 +37,7 @@ class Settings:
         period: steps between two measurements of the online arms.
         bfloat16: whether products are computed in it (`torch.autocast`).
         dev_examples: how many examples of dev are evaluated, at most.
+        grouped: batches that are drawn at once and filled by length (`shuffled`).
     """
 
     steps: int
@@ -47,6 +48,7 @@ class Settings:
     period: int = 25
     bfloat16: bool = True
     dev_examples: int = 10**9
+    grouped: int = 1
 
 
 def train(
@@ -108,8 +110,9 @@ def train(
     if arm.online:
         controller = _controller(model, optimizer, arm, start, rank, seed, settings)
     torch.manual_seed(seed)  # the same dropout in every arm: factors have drawn unequally many
+    batches = islice(shuffled(task, settings.batch, seed, settings.grouped), settings.steps)
     begun, losses = time.perf_counter(), []
-    for batch in islice(shuffled(task, settings.batch, seed), settings.steps):
+    for batch in batches:
         with torch.autocast(_device(model), torch.bfloat16, enabled=settings.bfloat16):
             loss = model(**batch).loss
         loss.backward()

@@ -86,6 +86,18 @@ def test_a_protocol_that_tests_with_a_dev_seed_is_refused(tmp_path):
         protocol("minilm", tmp_path / "p.toml")
 
 
+def test_a_stamp_tells_settings_apart_and_is_that_of_runs_from_before_an_entry(tmp_path):
+    text = FILE.read_text()
+
+    def stamp(replaced):
+        path = tmp_path / "p.toml"
+        path.write_text(text.replace("steps = 300\n", f"steps = 300\n{replaced}"))
+        return protocol("minilm", path).stamp
+
+    assert stamp("") == stamp("grouped = 1\n") == AGREED
+    assert len({AGREED, stamp("grouped = 2\n"), stamp("grouped = 3\n"), stamp("clip = 2.0\n")}) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

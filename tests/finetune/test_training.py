@@ -26,7 +26,7 @@ from benchmarks.finetune.training import (  # noqa: E402
     train,
 )
 from lorambo_adapters.layers import find_layers  # noqa: E402
-from tests.finetune.tiny_task import TinyTask  # noqa: E402
+from tests.finetune.tiny_task import TinyTask, UnevenTask  # noqa: E402
 
 SETTINGS = Settings(steps=6, batch=8, measured=2, period=2, bfloat16=False)
 pytestmark = [
@@ -170,6 +170,67 @@ def test_examples_are_scored_in_their_order_in_batches_of_any_size(task):
     assert whole.right is not None
     assert parts.right is not None
     assert torch.equal(whole.right, parts.right)
+
+
+def test_scores_are_in_the_order_of_the_examples_though_computed_by_length():
+    task = UnevenTask()
+    model = task.model().eval()
+    examples = task.splits["dev"]
+    with torch.no_grad():
+        single = [task.scores(model, task.batch([example])) for example in examples]
+    found = evaluate(task, model, "dev", 5)
+    torch.testing.assert_close(found.losses, torch.cat([scores.losses for scores in single]))
+    assert found.right is not None
+    assert torch.equal(found.right, torch.cat([scores.right for scores in single]))
+    assert len({len(example) for example in examples}) == 5
+
+
+def test_batches_drawn_by_length_hold_every_example_once_and_pad_less():
+    task = UnevenTask()
+
+    def drawn(grouped, seed=3):
+        torch.manual_seed(grouped)
+        return [batch["input_ids"] for batch in islice(shuffled(task, 8, seed, grouped), 12)]
+
+    def rows(batches):
+        return sorted(tuple(row[row > 0].tolist()) for batch in batches for row in batch)
+
+    plain, three, seven = drawn(1), drawn(3), drawn(7)
+    for found in (plain, three, seven):
+        assert all(len(batch) == 8 for batch in found)
+        assert (
+            rows(found[:6])
+            == rows(found[6:])
+            == sorted(tuple(row.tolist()) for row in task.splits["train"])
+        )
+    assert rows(three[:3]) == rows(plain[:3])  # the first three are drawn together
+    assert sum(batch.numel() for batch in three) < sum(batch.numel() for batch in plain)
+    again = drawn(3)
+    assert all(torch.equal(a, b) for a, b in zip(three, again, strict=True))
+    widths = [batch.shape[1] for batch in seven]
+    assert widths[:6] != sorted(widths[:6]) or widths[6:] != sorted(widths[6:])
+
+
+def test_what_is_left_over_of_a_draw_by_length_comes_last_and_is_dropped_where_it_is_short():
+    task = UnevenTask()
+    task.splits = {**task.splits, "train": task.splits["train"][:45]}
+    found = [batch["input_ids"] for batch in islice(shuffled(task, 8, 0, 2), 5)]
+    assert [len(batch) for batch in found] == [8] * 5
+    once = {tuple(row[row > 0].tolist()) for batch in found for row in batch}
+    assert once <= {tuple(row.tolist()) for row in task.splits["train"]}
+    assert len(once) >= len({tuple(row.tolist()) for row in task.splits["train"]}) - 5
+
+
+def test_a_training_draws_its_batches_as_its_settings_say():
+    task = UnevenTask()
+    start = Start(dict.fromkeys(costs_of(task), 1), None, 0.0)
+
+    def losses(grouped):
+        settings = replace(SETTINGS, grouped=grouped)
+        found = train(task, "uniform", start, rank=1, rate=1e-12, seed=0, settings=settings)
+        return found["train_losses"]
+
+    assert losses(1) != losses(3)
 
 
 def test_controls_permute_ranks_among_layers_of_one_cost():

@@ -45,3 +45,23 @@ class TinyTask:
         logits = model(batch["input_ids"], batch["attention_mask"]).logits.float()
         losses = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
         return Scores(losses, logits.argmax(1) == batch["labels"])
+
+
+class UnevenTask(TinyTask):
+    """The same rows, cut to two to six tokens and padded in a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(1)
+        self.splits: dict[str, Any] = {
+            split: [row[: int(torch.randint(2, 7, (), generator=draw))] for row in rows]
+            for split, rows in self.splits.items()
+        }
+
+    def batch(self, examples: Sequence[Any]) -> Batch:
+        tokens = torch.nn.utils.rnn.pad_sequence(list(examples), batch_first=True)
+        return {
+            "input_ids": tokens,
+            "attention_mask": (tokens > 0).long(),
+            "labels": (tokens[:, 0] + 1) % 2,
+        }
