@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.finetune.products import slopes
 from benchmarks.finetune.sources import home
 from benchmarks.finetune.task import Batch, Task
 from lorambo_adapters.layers import find_layers
@@ -135,14 +136,11 @@ def _train(
     torch.manual_seed(seed)
     begun, losses = time.perf_counter(), []
     for batch in islice(_batches(task, recipe.batch, seed), recipe.steps):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch).loss
-        loss.backward()
+        losses.append(slopes(model, batch, bfloat16=True))
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
     seconds = time.perf_counter() - begun
     if kind == "lora":
         model = model.merge_and_unload()

@@ -33,14 +33,17 @@ class Task(Protocol):
         targets: the layers that are adapted, as PEFT's `target_modules`.
         head: modules that are trained beside the adapters, in full, in every arm.
         peft_type: PEFT's `task_type`.
-        splits: examples by "train", "dev" and "test".
     """
 
     name: str
     targets: str
     head: tuple[str, ...]
     peft_type: str
-    splits: Mapping[str, Sequence[Any]]
+
+    @property
+    def splits(self) -> Mapping[str, Sequence[Any]]:
+        """Examples by "train", "dev" and "test"."""
+        ...
 
     def model(self) -> torch.nn.Module:
         """The pretrained model, with its head drawn from torch's random numbers."""

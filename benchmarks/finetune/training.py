@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.finetune.arms import Arm, Start, arm_of
+from benchmarks.finetune.products import products, slopes
 from benchmarks.finetune.task import Scores, Task, evaluate, shuffled
 from lorambo_adapters.layers import find_layers
 from lorambo_adapters.ranks.formats import to_peft
@@ -35,7 +36,7 @@ class Settings:
         scale: the factor before B A in every layer, whatever its rank.
         clip: of the gradient's norm.
         period: steps between two measurements of the online arms.
-        bfloat16: whether products are computed in it (`torch.autocast`).
+        bfloat16: whether products are computed in it (`products`).
         dev_examples: how many examples of dev are evaluated, at most.
         grouped: batches that are drawn at once and filled by length (`shuffled`).
     """
@@ -113,16 +114,13 @@ def train(
     batches = islice(shuffled(task, settings.batch, seed, settings.grouped), settings.steps)
     begun, losses = time.perf_counter(), []
     for batch in batches:
-        with torch.autocast(_device(model), torch.bfloat16, enabled=settings.bfloat16):
-            loss = model(**batch).loss
-        loss.backward()
+        losses.append(slopes(model, batch, bfloat16=settings.bfloat16))
         torch.nn.utils.clip_grad_norm_(
             [p for p in model.parameters() if p.requires_grad], settings.clip
         )
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
         if controller is not None:
             controller.step(batch)
     trained_in = time.perf_counter() - begun
@@ -176,7 +174,7 @@ def _evaluated(task: Task, model: Any, split: str, settings: Settings) -> dict[s
     kept: Task = task
     if split == "dev" and settings.dev_examples < len(task.splits["dev"]):
         kept = _Cut(task, settings.dev_examples)  # pyright: ignore[reportAssignmentType]
-    with torch.autocast(_device(model), torch.bfloat16, enabled=settings.bfloat16):
+    with products(_device(model), bfloat16=settings.bfloat16):
         scores: Scores = evaluate(kept, model, split)
     values = scores.losses.cpu().numpy().astype("<f4")
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,13 @@ class TinyTask:
 
     name = "tiny"
     targets = r".*encoder\.layer\.\d+\.(.*\.(query|key|value)|.*\.dense)"
-    head = ("classifier",)
+    head: tuple[str, ...] = ("classifier",)
     peft_type = "SEQ_CLS"
 
     def __init__(self) -> None:
         draw = torch.Generator().manual_seed(0)
         rows = torch.randint(1, 30, (96, 6), generator=draw)
-        self.splits = {"train": rows[:48], "dev": rows[48:72], "test": rows[72:]}
+        self.splits: Mapping[str, Any] = {"train": rows[:48], "dev": rows[48:72], "test": rows[72:]}
 
     def model(self) -> torch.nn.Module:
         import transformers
@@ -53,7 +53,7 @@ class UnevenTask(TinyTask):
     def __init__(self) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(1)
-        self.splits: dict[str, Any] = {
+        self.splits = {
             split: [row[: int(torch.randint(2, 7, (), generator=draw))] for row in rows]
             for split, rows in self.splits.items()
         }
