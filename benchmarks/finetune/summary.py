@@ -168,7 +168,7 @@ def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def differences(summary: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Group, arm and interval of each paired difference to uniform ranks, of two seeds or more.
+    """Group, arm and interval of each paired difference to uniform ranks, of three seeds or more.
 
     At uniform's rate only the arms whose own rate is another: the others are there already.
     """
@@ -181,7 +181,7 @@ def differences(summary: Mapping[str, Any]) -> list[tuple[Any, ...]]:
             found += [
                 (f"{budget} {row['rank']}{at}", row["name"], *row["difference"])
                 for row in compared
-                if row["difference"] is not None and row["paired"] > 1
+                if row["difference"] is not None and row["paired"] > 2
             ]
     return found
 

@@ -90,12 +90,12 @@ def test_arms_of_the_same_ranks_have_one_map() -> None:
     assert summary.first_ranks(results) == {"gemma": {"EVA": {"q": 1}, "gradient": {"q": 2}}}
 
 
-def test_each_difference_of_two_seeds_or_more_is_shown_once() -> None:
-    row = {"name": "gradient", "rank": 1, "rate": 2e-3, "paired": 8, "difference": [0.1, 0.0, 0.2]}
+def test_each_difference_of_three_seeds_or_more_is_shown_once() -> None:
+    row = {"name": "gradient", "rank": 1, "rate": 2e-3, "paired": 3, "difference": [0.1, 0.0, 0.2]}
     other = {**row, "name": "EVA", "rate": 4e-3}
-    single, uniform = {**row, "name": "GoRA", "paired": 1}, {**row, "difference": None}
+    few, uniform = {**row, "name": "GoRA", "paired": 2}, {**row, "difference": None}
     content = {
-        "training": {"gemma": {"uniform": [row, other, single, uniform]}},
+        "training": {"gemma": {"uniform": [row, other, few, uniform]}},
         "training_at_one_rate": {"gemma": [row, {**other, "rate": 2e-3}, uniform]},
     }
     group = "Gemma 3 270M, budget of rank 1"
@@ -123,7 +123,7 @@ def test_the_summary_holds_what_was_tested(tmp_path: Path, monkeypatch: pytest.M
         }
         for arm, shift in (("uniform", 0.0), ("kfac_warm", 0.5))
         for rank in (1, 2)
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
         for split in ("dev", "test")
     }
     monkeypatch.setattr(summary, "finished", lambda: runs)
@@ -134,7 +134,7 @@ def test_the_summary_holds_what_was_tested(tmp_path: Path, monkeypatch: pytest.M
     summary.main(["--output", str(output)])
     found = json.loads(output.read_text())
     (ours, *_) = (row for row in found["training"]["minilm"]["uniform"] if row["difference"])
-    assert (ours["arm"], ours["rank"], ours["seeds"]) == ("kfac_warm", 1, [0, 1])
+    assert (ours["arm"], ours["rank"], ours["seeds"]) == ("kfac_warm", 1, [0, 1, 2])
     assert ours["name"] == "K-FAC"
     assert ours["difference"] == pytest.approx([-0.5, -0.5, -0.5])
     assert found["training"]["gemma"] == {"uniform": [], "mlp_only": []}
