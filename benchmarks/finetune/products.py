@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,8 +40,10 @@ def products(device: str, *, bfloat16: bool) -> Generator[None]:
         yield
 
 
-def _emulated(device: str) -> Any:
-    native = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def _emulated(device: str) -> AbstractContextManager[Any]:
+    native = device != "cpu" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
     return nullcontext() if native else SummedInFloat32()
 
 

@@ -103,7 +103,8 @@ def tokens_in(task: Task, example: Any) -> int:
 def evaluate(task: Task, model: torch.nn.Module, split: str, size: int = 32) -> Scores:
     """The scores of all examples of a split, in their order.
 
-    Those of about one length are computed together, which saves padding and changes no score.
+    Those of about one length are computed together: less is padded, and scores change by rounding
+    alone.
     """
     was = model.training
     model.eval()
