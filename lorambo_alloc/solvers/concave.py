@@ -121,7 +121,7 @@ class ConcaveForm:
         costs = self._costs[rows_flat].astype(np.float64)
         densities = (self._gains.at(rows_flat, ranks.ravel()) - offset) / costs
         weights = costs * np.repeat(width / samples, samples)
-        order = np.argsort(-densities)
+        order = np.argsort(-densities, kind="stable")
         spent = np.cumsum(weights[order])
         sought = float(self._budget - self._spent(inner))
         slack = spent[-1] / (2 * samples)
@@ -145,7 +145,7 @@ class ConcaveForm:
         rows, _, gains = self._gains.selected(inner, outer)
         costs = self._costs[rows]
         densities = (gains - offset) / costs
-        order = np.argsort(-densities)
+        order = np.argsort(-densities, kind="stable")
         residual = self._budget - self._spent(inner)
         taken = _affordable_prefix(costs[order], residual)
         # A density may underflow; a price of 0 means that the budget does not bind.

@@ -237,9 +237,9 @@ def solve_core(
         bounds = ahead.bounds(depth, grown.moves, grown.penalties, best)
         alive = bounds < best
         if np.count_nonzero(alive) > max_states:
-            cut = np.argpartition(np.where(alive, bounds, best), max_states)[max_states:]
-            dropped = min(dropped, int(bounds[cut][alive[cut]].min()))
-            alive[cut] = False
+            kept = _most_promising(np.where(alive, bounds, best), max_states)
+            dropped = min(dropped, int(bounds[alive & ~kept].min()))
+            alive &= kept
         if found is not None and found[0] == depth:
             alive[found[1]] = True  # kept for the walk back
             found = (depth, int(np.count_nonzero(alive[: found[1]])))
@@ -287,6 +287,19 @@ def _grow(
             size = len(parts[0])
     grown = _States.join(parts)
     return grown[_undominated(grown, price)], complete
+
+
+def _most_promising(bounds: IntArray, count: int) -> npt.NDArray[np.bool_]:
+    """The `count` states of the least bounds; of those that are equal to the last, evenly spread.
+
+    What `argpartition` takes among equals differs between processors.
+    """
+    last = np.partition(bounds, count - 1)[count - 1]
+    kept = bounds < last
+    equal = np.flatnonzero(bounds == last)
+    wanted = count - int(np.count_nonzero(kept))
+    kept[equal[np.arange(wanted) * len(equal) // wanted]] = True
+    return kept
 
 
 def _late(deadline: float | None) -> bool:

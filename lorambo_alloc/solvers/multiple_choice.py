@@ -119,7 +119,7 @@ class MultipleChoiceForm:
         residual = self._budget - self._spent(poor)
         better = np.flatnonzero((gain > 0) & (cost <= residual))
         slopes = gain[better] / np.maximum(cost[better], 1)
-        for v in better[np.argsort(-slopes)].tolist():
+        for v in better[np.argsort(-slopes, kind="stable")].tolist():
             if cost[v] <= residual:
                 chosen[v] = rich[v]
                 residual -= int(cost[v])
