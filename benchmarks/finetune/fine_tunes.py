@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.finetune.products import slopes
 from benchmarks.finetune.sources import home
-from benchmarks.finetune.task import Batch, Task
+from benchmarks.finetune.task import Batch, Task, evaluate
 from lorambo_adapters.layers import find_layers
 from lorambo_alloc.storage import replacing
 
@@ -175,18 +175,12 @@ def _batches(task: Task, size: int, seed: int) -> Iterator[Batch]:
                 yield task.batch([examples[index] for index in batch])
 
 
-@torch.no_grad()
-def _dev_means(task: Task, model: Any) -> dict[str, float | None]:
+def _dev_means(task: Task, model: torch.nn.Module) -> dict[str, float | None]:
     """Loss and accuracy over dev."""
-    model.eval()
-    examples = sorted(task.splits["dev"], key=_length)
-    found = [
-        task.scores(model, task.batch(examples[i : i + 32])) for i in range(0, len(examples), 32)
-    ]
-    right = [scores.right for scores in found if scores.right is not None]
+    scores = evaluate(task, model, task.splits["dev"])
     return {
-        "loss": float(torch.cat([scores.losses for scores in found]).double().mean()),
-        "accuracy": float(torch.cat(right).double().mean()) if right else None,
+        "loss": float(scores.losses.double().mean()),
+        "accuracy": None if scores.right is None else float(scores.right.double().mean()),
     }
 
 

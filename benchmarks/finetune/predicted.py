@@ -34,7 +34,7 @@ from benchmarks.finetune.arms import warm_head
 from benchmarks.finetune.local_tasks import local_task
 from benchmarks.finetune.protocol import protocol
 from benchmarks.finetune.signals import Measuring
-from benchmarks.finetune.task import Task, shuffled
+from benchmarks.finetune.task import Task, evaluate, shuffled
 from benchmarks.finetune.training import Settings, adapted
 from benchmarks.report import RESULTS, machine, markdown
 from lorambo_adapters.layers import find_layers
@@ -203,14 +203,8 @@ def _trained(
     return _loss(task, model, held_out)
 
 
-@torch.no_grad()
-def _loss(task: Task, model: Any, examples: Sequence[Any]) -> float:
-    model.eval()
-    found = [
-        task.scores(model, task.batch(examples[i : i + 32])).losses
-        for i in range(0, len(examples), 32)
-    ]
-    return float(torch.cat(found).double().mean())
+def _loss(task: Task, model: torch.nn.Module, examples: Sequence[Any]) -> float:
+    return float(evaluate(task, model, examples).losses.double().mean())
 
 
 def _write(output: Path, content: Mapping[str, Any]) -> None:

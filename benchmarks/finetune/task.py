@@ -100,15 +100,14 @@ def tokens_in(task: Task, example: Any) -> int:
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: torch.nn.Module, split: str, size: int = 32) -> Scores:
-    """The scores of all examples of a split, in their order.
+def evaluate(task: Task, model: torch.nn.Module, examples: Sequence[Any], size: int = 32) -> Scores:
+    """The scores of examples, in their order.
 
     Those of about one length are computed together: less is padded, and scores change by rounding
     alone.
     """
     was = model.training
     model.eval()
-    examples = task.splits[split]
     order = sorted(range(len(examples)), key=lambda i: tokens_in(task, examples[i]))
     found = [
         task.scores(model, task.batch([examples[i] for i in order[start : start + size]]))

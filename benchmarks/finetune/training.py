@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.finetune.arms import Arm, Start, arm_of
 from benchmarks.finetune.products import products, slopes
-from benchmarks.finetune.task import Scores, Task, evaluate, shuffled
+from benchmarks.finetune.task import Task, evaluate, shuffled
 from lorambo_adapters.layers import find_layers
 from lorambo_adapters.ranks.formats import to_peft
 from lorambo_adapters.ranks.mask import active_ranks
@@ -171,11 +171,11 @@ def _tenths(losses: Sequence[float]) -> list[float]:
 
 
 def _evaluated(task: Task, model: Any, split: str, settings: Settings) -> dict[str, Any]:
-    kept: Task = task
-    if split == "dev" and settings.dev_examples < len(task.splits["dev"]):
-        kept = _Cut(task, settings.dev_examples)  # pyright: ignore[reportAssignmentType]
+    examples = task.splits[split]
+    if split == "dev":
+        examples = examples[: settings.dev_examples]
     with products(_device(model), bfloat16=settings.bfloat16):
-        scores: Scores = evaluate(kept, model, split)
+        scores = evaluate(task, model, examples)
     values = scores.losses.cpu().numpy().astype("<f4")
     return {
         "split": split,
@@ -189,14 +189,6 @@ def _evaluated(task: Task, model: Any, split: str, settings: Settings) -> dict[s
 def _device(model: torch.nn.Module) -> str:
     """The kind of device that the model is on: the task puts it and its batches there."""
     return next(model.parameters()).device.type
-
-
-class _Cut:
-    """A task whose dev has only its first examples."""
-
-    def __init__(self, task: Task, examples: int) -> None:
-        self.splits = {**task.splits, "dev": task.splits["dev"][:examples]}
-        self.batch, self.scores = task.batch, task.scores
 
 
 def adapted(

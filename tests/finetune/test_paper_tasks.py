@@ -60,7 +60,7 @@ def test_scores_are_those_of_examples_and_agree_with_the_loss_that_is_trained(tm
         loss = model(**batch).loss
         scores = task.scores(model, batch)
     torch.testing.assert_close(scores.losses.mean(), loss)
-    one_by_one = evaluate(task, model, "dev", size=1)
+    one_by_one = evaluate(task, model, task.splits["dev"], size=1)
     torch.testing.assert_close(one_by_one.losses, scores.losses, rtol=1e-4, atol=1e-5)
 
 

@@ -93,6 +93,16 @@ def test_a_run_repeats_to_the_bit_and_its_losses_are_of_the_split(task):
     assert run(task, "gradient", seed=1, split="test")["losses"] != first["losses"]
 
 
+@pytest.mark.parametrize(("split", "count"), [("dev", 5), ("test", 24)])
+def test_as_many_examples_of_dev_are_scored_as_settings_say_and_all_of_test(task, split, count):
+    start = starting_ranks("uniform", task, rank=1, seed=0, rate=1e-2, batches=2, size=8)
+    few = replace(SETTINGS, dev_examples=5)
+    cut = train(task, "uniform", start, rank=1, rate=1e-2, seed=0, settings=few, split=split)
+    assert len(task.splits[split]) > 5
+    whole = run(task, "uniform", split=split)
+    np.testing.assert_allclose(losses_of(cut), losses_of(whole)[:count], rtol=1e-5)
+
+
 def test_arms_see_the_same_batches_and_dropout_whatever_their_ranks(task):
     even = dict.fromkeys(costs_of(task), 2)
     # The two layers of an MLP cost the same, but their factors draw unequally many numbers.
@@ -164,8 +174,8 @@ def test_the_order_of_the_batches_is_of_the_seed_alone(task):
 
 def test_examples_are_scored_in_their_order_in_batches_of_any_size(task):
     model = task.model()
-    whole = evaluate(task, model, "dev", 24)
-    parts = evaluate(task, model, "dev", 5)
+    whole = evaluate(task, model, task.splits["dev"], 24)
+    parts = evaluate(task, model, task.splits["dev"], 5)
     torch.testing.assert_close(whole.losses, parts.losses)
     assert whole.right is not None
     assert parts.right is not None
@@ -178,7 +188,7 @@ def test_scores_are_in_the_order_of_the_examples_though_computed_by_length():
     examples = task.splits["dev"]
     with torch.no_grad():
         single = [task.scores(model, task.batch([example])) for example in examples]
-    found = evaluate(task, model, "dev", 5)
+    found = evaluate(task, model, task.splits["dev"], 5)
     torch.testing.assert_close(found.losses, torch.cat([scores.losses for scores in single]))
     assert found.right is not None
     assert torch.equal(found.right, torch.cat([scores.right for scores in single]))
