@@ -1,8 +1,9 @@
-"""Exchanges of a few deviations at once, by pairs of pairs.
+"""Exchanges of a few deviations at once, by two bundles of two or three.
 
 Where many deviations cost the price nothing (ties), a good answer is one that spends the budget
 to the last unit. Among all pairs of a few hundred deviations, two that together fill it can be
-found by sorting (Horowitz and Sahni, JACM 21, 1974: two lists for the subset sum).
+found by sorting (Horowitz and Sahni, JACM 21, 1974: two lists for the subset sum). Where there are
+fewer deviations, so that pairs are few, some of their triples make the list as long.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.solvers.core_program import Class
 
 _DEVIATIONS = 384  # about 74,000 pairs
+_BUNDLES = 74_000
 _PARTNERS = 4  # neighbours in the sorted list that are tried, as the nearest may share a class
 
 
@@ -30,9 +33,9 @@ def best_exchange(
     deadline: float | None = None,
     balanced: bool = False,
 ) -> list[int] | None:
-    """Choices of up to seven deviations that lose least, if that is less than the incumbent.
+    """Choices of up to nine deviations that lose least, if that is less than the incumbent.
 
-    A heuristic: it looks at the most promising deviations, and for each pair at the partners
+    A heuristic: it looks at the most promising deviations, and for each bundle at the partners
     that leave least of the budget. Further rounds look at other deviations among equals, with
     up to three of them made beforehand.
 
@@ -53,7 +56,7 @@ def best_exchange(
             break
         deviations = _leading(classes, rng)
         made = [] if balanced else _some(deviations, attempt % 4, rng)
-        choices = _best_pair_of_pairs(deviations, made, residual, price, best, balanced)
+        choices = _best_two(deviations, made, residual, price, best, balanced, rng)
         if choices is not None:
             best, positions = choices
             found = [0] * len(classes)
@@ -70,13 +73,14 @@ def _some(deviations: _Deviations, count: int, rng: np.random.Generator) -> list
     return positions[np.sort(distinct)[:count]].tolist()
 
 
-def _best_pair_of_pairs(
+def _best_two(
     deviations: _Deviations,
     made: list[int],
     residual: int,
     price: int,
     incumbent: int,
     balanced: bool,
+    rng: np.random.Generator,
 ) -> tuple[int, list[int]] | None:
     """The least loss below the incumbent's, and the positions that attain it.
 
@@ -87,44 +91,70 @@ def _best_pair_of_pairs(
         price: as above.
         incumbent: as above.
         balanced: as above.
+        rng: draws triples.
     """
     moves, penalties, owners = deviations.moves, deviations.penalties, deviations.owners
     spent, lost = int(moves[made].sum()), int(penalties[made].sum())
     residual -= spent
     incumbent -= lost
-    # Pairs (0, n) are single ones.
-    first, second = np.triu_indices(len(moves))
-    pair_penalties = penalties[first] + penalties[second]
-    keep = (owners[first] != owners[second]) & (pair_penalties < incumbent)
-    if balanced:
-        keep &= (moves[first] > 0) == (moves[second] < 0)
-        keep &= first > 0
-    keep |= (first == 0) & (second == 0)
-    if made:
-        free = ~np.isin(owners, owners[made])
-        keep &= free[first] & free[second]
-    first, second, pair_penalties = first[keep], second[keep], pair_penalties[keep]
-    pair_moves = moves[first] + moves[second]
-    order = np.argsort(pair_moves, kind="stable")
-    first, second = first[order], second[order]
-    pair_moves, pair_penalties = pair_moves[order], pair_penalties[order]
-    fitting = np.searchsorted(pair_moves, residual - pair_moves, side="right") - 1
+    bundles = _bundles(deviations, made, incumbent, balanced, rng)
+    bundle_moves = moves[bundles].sum(axis=0)
+    order = np.argsort(bundle_moves, kind="stable")
+    bundles, bundle_moves = bundles[:, order], bundle_moves[order]
+    bundle_penalties, bundle_owners = penalties[bundles].sum(axis=0), owners[bundles]
+    fitting = np.searchsorted(bundle_moves, residual - bundle_moves, side="right") - 1
     best, found = incumbent, None
     for back in range(_PARTNERS):
         partner = fitting - back
         own = np.flatnonzero(partner >= 0)
         other = partner[own]
-        left = residual - pair_moves[own] - pair_moves[other]
-        loss = pair_penalties[own] + pair_penalties[other]
+        left = residual - bundle_moves[own] - bundle_moves[other]
+        loss = bundle_penalties[own] + bundle_penalties[other]
         loss += np.minimum(left, max(incumbent, 0) // price + 1) * price
-        loss[_clash(owners, first, second, own, other)] = incumbent
-        n = int(np.argmin(loss)) if len(loss) else 0
-        if len(loss) and loss[n] < best:
+        better = np.flatnonzero(loss < best)
+        clash = _clash(bundle_owners[:, own[better]], bundle_owners[:, other[better]])
+        better = better[~clash]
+        if len(better):
+            n = int(better[np.argmin(loss[better])])
             best, found = int(loss[n]), (int(own[n]), int(other[n]))
     if found is None:
         return None
-    positions = [*made, *(int(side[pair]) for pair in found for side in (first, second))]
-    return best + lost, positions
+    return best + lost, [*made, *(int(n) for bundle in found for n in bundles[:, bundle])]
+
+
+def _bundles(
+    deviations: _Deviations,
+    made: list[int],
+    incumbent: int,
+    balanced: bool,
+    rng: np.random.Generator,
+) -> IntArray:
+    """Positions of two or three deviations of different classes, a bundle a column.
+
+    All pairs, a pair (0, n) being a single one; and where most of them may be taken, as many
+    triples, drawn at random, as there is room for.
+    """
+    moves, penalties, owners = deviations.moves, deviations.penalties, deviations.owners
+    free = ~np.isin(owners, owners[made]) if made else np.ones(len(owners), dtype=bool)
+    first, second = np.triu_indices(len(moves))
+    keep = (owners[first] != owners[second]) & (penalties[first] + penalties[second] < incumbent)
+    keep &= free[first] & free[second]
+    if balanced:
+        keep &= (moves[first] > 0) == (moves[second] < 0)
+        keep &= first > 0
+    keep |= (first == 0) & (second == 0)
+    pairs = np.stack([first[keep], second[keep]])
+    real = pairs[:, pairs[0] > 0]
+    room = min(_BUNDLES - pairs.shape[1], real.shape[1] * len(moves) // 3)  # a triple has 3 pairs
+    ties = 2 * pairs.shape[1] > len(first)  # else penalties decide, and triples have more of them
+    if balanced or room <= 0 or not ties:
+        return pairs
+    drawn = real[:, rng.integers(0, real.shape[1], room)]
+    third = rng.integers(1, len(moves), room)
+    fits = free[third] & np.all(owners[third] != owners[drawn], axis=0)
+    fits &= penalties[third] + penalties[drawn].sum(axis=0) < incumbent
+    triples = np.vstack([drawn, third])[:, fits]
+    return np.hstack([np.vstack([pairs, np.zeros_like(pairs[:1])]), triples])
 
 
 @dataclass(frozen=True)
@@ -155,11 +185,10 @@ def _leading(classes: list[Class], rng: np.random.Generator) -> _Deviations:
     return _Deviations(*(np.concatenate([[first], column[keep]]) for first, column in columns))
 
 
-def _clash(
-    owners: IntArray, first: IntArray, second: IntArray, own: IntArray, other: IntArray
-) -> IntArray:
-    """Where two pairs touch one class twice."""
-    a, b = owners[first[own]], owners[second[own]]
-    c, d = owners[first[other]], owners[second[other]]
-    same = ((a == c) & (a >= 0)) | ((b == d) & (b >= 0))
-    return np.flatnonzero(same | ((a == d) & (a >= 0)) | ((b == c) & (b >= 0)))
+def _clash(own: IntArray, other: IntArray) -> npt.NDArray[np.bool_]:
+    """Where two bundles touch one class twice, from the owners of their members."""
+    same = np.zeros(own.shape[1], dtype=bool)
+    for a in own:
+        for b in other:
+            same |= (a == b) & (a >= 0)
+    return same

@@ -40,12 +40,12 @@ def test_choices_beat_the_incumbent_or_there_are_none(drawn, residual, price, in
         assert best <= loss < incumbent
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_sum_of_a_few_that_fills_the_budget_is_found(count, sign):
     # Powers of three: only one subset sums to the residual.
     classes = [Class(np.array([sign * 3**k]), np.array([0])) for k in range(12)]
-    wanted = [1, 5, 8, 11][:count]
+    wanted = sorted([1, 5, 8, 11, 0, 6][:count])
     residual = sign * sum(3**k for k in wanted)
     choices = best_exchange(classes, residual, 10, 10**6, 0)
     assert choices is not None
@@ -71,6 +71,18 @@ def test_more_deviations_than_are_looked_at():
     assert loss is not None
     # Pairs of pairs are so many that the budget is filled almost to the last unit.
     assert loss <= price * 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_deviations_of_large_costs_fill_the_budget_by_triples(seed):
+    rng = np.random.default_rng(seed)
+    moves = rng.integers(9 * 10**8, 11 * 10**8, 100) * np.tile([1, -1], 50)
+    classes = [Class(np.array([m]), np.array([0])) for m in moves]
+    residual = int(rng.integers(0, 2 * 10**8))
+    choices = exchange(classes, residual, 1, 10**12, 0, rounds=4)
+    assert choices is not None
+    # Pairs of pairs alone leave 44 to 550.
+    assert loss_of(classes, choices, residual, 1) <= 10
 
 
 def test_a_target_is_good_enough():
