@@ -114,7 +114,7 @@ def cardinality_cut(form: ConcaveForm, waste: int, deadline: float | None = None
             low = middle
         else:
             high = middle
-    candidates = {low, high, *(_rounded(low, bits) for bits in (12, 24, 36))}
+    candidates = dict.fromkeys([low, high, *(_rounded(low, bits) for bits in (12, 24, 36))])
     cuts = [
         Cut(relaxed.price, q, limit, form.bound(relaxed, q) + Fraction(q) * limit)
         for q in candidates

@@ -290,9 +290,10 @@ def _grow(
 
 
 def _most_promising(bounds: IntArray, count: int) -> npt.NDArray[np.bool_]:
-    """The `count` states of the least bounds; of those that are equal to the last, evenly spread.
+    """The `count` states of the least bounds, 1 <= count <= len(bounds).
 
-    What `argpartition` takes among equals differs between processors.
+    Of those that are equal to the last, evenly spread positions, and so, as states ascend by cost,
+    evenly spread costs. What `argpartition` takes among equals differs between processors.
     """
     last = np.partition(bounds, count - 1)[count - 1]
     kept = bounds < last

@@ -18,7 +18,9 @@ from lorambo_alloc.objectives import IntArray
 from lorambo_alloc.solvers.core_program import Class
 
 _DEVIATIONS = 384  # about 74,000 pairs
-_BUNDLES = 74_000
+_BUNDLES = 74_000  # as many bundles where there are fewer pairs
+_PATIENCE = 24  # rounds without an improvement, after which no more are tried
+_LARGEST = 1 << 59  # of a move: nine of them add up within 64 bits
 _PARTNERS = 4  # neighbours in the sorted list that are tried, as the nearest may share a class
 
 
@@ -45,19 +47,24 @@ def best_exchange(
         price: loss per unit of budget left over.
         incumbent: loss to beat, below 2^59.
         target: a loss that is good enough.
-        rounds: how often to look; a round takes about 20 ms.
+        rounds: how often to look, at most; a round takes about 20 ms.
         deadline: `time.monotonic()` value after which no round begins.
-        balanced: make as many deviations that spend as that free.
+        balanced: make as many deviations that spend as that free; bundles are pairs then.
     """
     rng = np.random.default_rng(0)
     best, found = incumbent, None
+    unimproved = 0
     for attempt in range(rounds):
-        if best <= target or (deadline is not None and time.monotonic() > deadline):
+        if best <= target or unimproved == _PATIENCE:
+            break
+        if deadline is not None and time.monotonic() > deadline:
             break
         deviations = _leading(classes, rng)
         made = [] if balanced else _some(deviations, attempt % 4, rng)
-        choices = _best_two(deviations, made, residual, price, best, balanced, rng)
+        choices = _best_two_bundles(deviations, made, residual, price, best, balanced, rng)
+        unimproved += 1
         if choices is not None:
+            unimproved = 0
             best, positions = choices
             found = [0] * len(classes)
             for position in positions:
@@ -73,7 +80,7 @@ def _some(deviations: _Deviations, count: int, rng: np.random.Generator) -> list
     return positions[np.sort(distinct)[:count]].tolist()
 
 
-def _best_two(
+def _best_two_bundles(
     deviations: _Deviations,
     made: list[int],
     residual: int,
@@ -131,8 +138,9 @@ def _bundles(
 ) -> IntArray:
     """Positions of two or three deviations of different classes, a bundle a column.
 
-    All pairs, a pair (0, n) being a single one; and where most of them may be taken, as many
-    triples, drawn at random, as there is room for.
+    All pairs that lose less than the incumbent, a pair (0, n) being a single one. Where more than
+    half of all pairs are among them, as many triples as there is room for are drawn beside them,
+    some of them more than once; pairs have a third member 0 then.
     """
     moves, penalties, owners = deviations.moves, deviations.penalties, deviations.owners
     free = ~np.isin(owners, owners[made]) if made else np.ones(len(owners), dtype=bool)
@@ -146,8 +154,9 @@ def _bundles(
     pairs = np.stack([first[keep], second[keep]])
     real = pairs[:, pairs[0] > 0]
     room = min(_BUNDLES - pairs.shape[1], real.shape[1] * len(moves) // 3)  # a triple has 3 pairs
-    ties = 2 * pairs.shape[1] > len(first)  # else penalties decide, and triples have more of them
-    if balanced or room <= 0 or not ties:
+    # Where few pairs are, penalties decide, and triples have more of them.
+    mostly_kept = 2 * pairs.shape[1] > len(first)
+    if balanced or room <= 0 or not mostly_kept:
         return pairs
     drawn = real[:, rng.integers(0, real.shape[1], room)]
     third = rng.integers(1, len(moves), room)
@@ -179,6 +188,7 @@ def _leading(classes: list[Class], rng: np.random.Generator) -> _Deviations:
     owners = np.repeat(np.arange(len(classes), dtype=np.int64), sizes)
     options = np.concatenate([none, *(np.arange(1, size + 1, dtype=np.int64) for size in sizes)])
     order = np.lexsort((rng.permutation(len(moves)), penalties / np.abs(moves)))
+    order = order[np.abs(moves[order]) < _LARGEST]
     spending, freeing = order[moves[order] > 0], order[moves[order] < 0]
     keep = np.concatenate([spending[: _DEVIATIONS // 2], freeing[: _DEVIATIONS // 2]])
     columns = ((0, moves), (0, penalties), (-1, owners), (0, options))

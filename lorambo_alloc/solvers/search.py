@@ -34,18 +34,20 @@ class _Stage:
         nearest: over so many of the nearest deviations; None: over all that matter.
         exchanges: rounds of exchanges to try if it proves nothing,
         only_wide: and whether only for wide cores (a narrow one soon closes with more states).
+        classes: and of how many classes at least (fewer are soon proven with more states).
     """
 
     states: int
     nearest: int | None = None
     exchanges: int = 0
     only_wide: bool = False
+    classes: int = 0
 
 
 _STAGES = (
     _Stage(256, nearest=64),
     _Stage(512, exchanges=3, only_wide=True),
-    _Stage(4096, exchanges=64),
+    _Stage(4096, exchanges=64, classes=24),
     _Stage(1 << 16),
     _Stage(1 << 20),
 )
@@ -102,7 +104,8 @@ class Search:
         self._search(setting, stage.states)
         stuck = setting.whole and not self.closed
         if stuck and stage.exchanges and (setting.wide or not stage.only_wide):
-            self._exchange(setting, stage.exchanges)
+            if len(setting.core.classes) >= stage.classes:
+                self._exchange(setting, stage.exchanges)
             self._price_ranks(setting)
         return True
 

@@ -128,7 +128,7 @@ class Cardinality(Constraint):
         """The sum of the largest weights."""
         k = min(self.limit, len(weights))
         top = np.partition(weights, len(weights) - k)[len(weights) - k :] if k else weights[:0]
-        return float(top.sum()) * (1 + 2 * k * ROUNDING)
+        return float(np.sort(top).sum()) * (1 + 2 * k * ROUNDING)
 
     def shares(self, weights: FloatArray) -> FloatArray:
         """The elements of the largest weights."""

@@ -85,6 +85,18 @@ def test_few_deviations_of_large_costs_fill_the_budget_by_triples(seed):
     assert loss_of(classes, choices, residual, 1) <= 10
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_moves_near_the_end_of_64_bits(seed):
+    rng = np.random.default_rng(seed)
+    moves = rng.integers(2**57, 2**62, 60) * np.tile([1, -1], 30)
+    classes = [Class(np.array([m]), np.array([0])) for m in moves]
+    residual = int(rng.integers(0, 2**61))
+    choices = exchange(classes, residual, 1, 2**58, 0, rounds=8)
+    if choices is not None:
+        spent = sum(int(m) for m, choice in zip(moves, choices, strict=True) if choice)
+        assert 0 <= residual - spent < 2**58
+
+
 def test_a_target_is_good_enough():
     classes = [Class(np.array([m]), np.array([0])) for m in range(2, 900)]
     choices = best_exchange(classes, 1, 7, 100, 7)
