@@ -105,11 +105,11 @@ def _best_two_bundles(
     residual -= spent
     incumbent -= lost
     bundles = _bundles(deviations, made, incumbent, balanced, rng)
-    bundle_moves = moves[bundles].sum(axis=0)
+    bundle_moves: IntArray = moves[bundles].sum(axis=0)
     order = np.argsort(bundle_moves, kind="stable")
     bundles, bundle_moves = bundles[:, order], bundle_moves[order]
     bundle_penalties, bundle_owners = penalties[bundles].sum(axis=0), owners[bundles]
-    fitting = np.searchsorted(bundle_moves, residual - bundle_moves, side="right") - 1
+    fitting: IntArray = np.searchsorted(bundle_moves, residual - bundle_moves, side="right") - 1
     best, found = incumbent, None
     for back in range(_PARTNERS):
         partner = fitting - back
@@ -159,7 +159,7 @@ def _bundles(
     if balanced or room <= 0 or not mostly_kept:
         return pairs
     drawn = real[:, rng.integers(0, real.shape[1], room)]
-    third = rng.integers(1, len(moves), room)
+    third = np.asarray(rng.integers(1, len(moves), drawn.shape[1]), dtype=np.int64)
     fits = free[third] & np.all(owners[third] != owners[drawn], axis=0)
     fits &= penalties[third] + penalties[drawn].sum(axis=0) < incumbent
     triples = np.vstack([drawn, third])[:, fits]
