@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorambo_alloc.solvers import exchange as exchanges
 from lorambo_alloc.solvers.core_program import Class
 from lorambo_alloc.solvers.exchange import best_exchange as exchange
 from tests.solvers.test_core_program import classes_of, least_loss, loss_of
@@ -128,6 +129,13 @@ def test_balanced_exchanges_spend_as_often_as_they_free():
         loss = loss_of(classes, choices, residual, 3)
         assert loss is not None
         assert loss <= 3 * residual
+
+
+def test_rounds_that_bring_nothing_end(monkeypatch):
+    calls = []
+    monkeypatch.setattr(exchanges, "_best_two_bundles", lambda *_: calls.append(1))
+    assert exchange([Class(np.array([5]), np.array([0]))], 7, 1, 100, 0, rounds=99) is None
+    assert len(calls) == 24
 
 
 def test_no_rounds_and_no_time():

@@ -101,3 +101,9 @@ def test_a_price_on_ranks_never_understates_the_gap(instance, states):
         while not running.finished and running.advance():
             value = problem.value_of(running.ranks)
             assert value <= best <= value + running.gap
+
+
+def test_a_core_of_few_classes_is_proven_without_exchanges(monkeypatch):
+    monkeypatch.setattr(Search, "_exchange", lambda *_: pytest.fail("states alone are faster"))
+    instance = HARD_FAMILIES["proportional_large_costs"](12, 16, 0)
+    assert instance.allocate().certificate.status == "optimal_exact"
