@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.finetune.task import Batch
+from lorambo_adapters.spectra.inputs import multiplies_bfloat16
 
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default)
@@ -20,7 +21,7 @@ def slopes(model: Any, batch: Batch, *, bfloat16: bool) -> float:
     device = batch["input_ids"].device.type
     with products(device, bfloat16=bfloat16):
         loss = model(**batch).loss
-    with _emulated(device) if bfloat16 else nullcontext():
+    with emulated(device) if bfloat16 else nullcontext():
         loss.backward()
     return float(loss.detach())
 
@@ -36,15 +37,13 @@ def products(device: str, *, bfloat16: bool) -> Generator[None]:
     if not bfloat16:
         yield
         return
-    with _emulated(device), torch.autocast(device, torch.bfloat16):
+    with emulated(device), torch.autocast(device, torch.bfloat16):
         yield
 
 
-def _emulated(device: str) -> AbstractContextManager[Any]:
-    native = device != "cpu" or (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return nullcontext() if native else SummedInFloat32()
+def emulated(device: str) -> AbstractContextManager[Any]:
+    """Products of bfloat16 tensors by `SummedInFloat32`, where the device multiplies none."""
+    return nullcontext() if multiplies_bfloat16(device) else SummedInFloat32()
 
 
 class SummedInFloat32(TorchDispatchMode):

@@ -13,7 +13,9 @@ from lorambo_alloc import Spectra, allocate, uniform_rank
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 
+from benchmarks.finetune.products import emulated  # noqa: E402
 from lorambo_adapters.layers import find_layers  # noqa: E402
+from lorambo_adapters.spectra import inputs as inputs_module  # noqa: E402
 from lorambo_adapters.spectra.gradients import gradient_spectra, loraga_spectra  # noqa: E402
 from lorambo_adapters.spectra.hooks import GradientHooks  # noqa: E402
 from lorambo_adapters.spectra.sketcher import GradientSketcher  # noqa: E402
@@ -125,16 +127,21 @@ def test_a_real_transformer_in_bfloat16_within_one_percent(minilm):
     }
 
     def add(layer, inputs, gradient):
-        assert next(iter(inputs.pieces(gradient, low=True)))[0].dtype == torch.bfloat16
+        assert inputs.matrix.dtype == torch.float32
+        assert gradient.dtype == torch.bfloat16
         gradients[layer.name] += gradient.double().T @ inputs.matrix.double() / len(batches)
 
     # Autograd would round each weight gradient to bfloat16: the same tokens, in double.
     model.requires_grad_(False)
-    with GradientHooks(find_layers(model, ENCODER), add, model=model, convert=False) as hooks:
+    with (
+        emulated("cpu"),
+        GradientHooks(find_layers(model, ENCODER), add, model=model, convert=False) as hooks,
+    ):
         for batch in batches:
             hooks.begin(batch["attention_mask"])
             contrastive_loss(model, batch).backward()
-    spectra = gradient_spectra(model, batches, contrastive_loss, targets=ENCODER)
+    with emulated("cpu"):
+        spectra = gradient_spectra(model, batches, contrastive_loss, targets=ENCODER)
     assert largest_error(spectra, gradients) < 0.005
     for name, gradient in gradients.items():
         exact = torch.linalg.svdvals(gradient).numpy()[:64]
@@ -142,6 +149,29 @@ def test_a_real_transformer_in_bfloat16_within_one_percent(minilm):
         energy = float(gradient.square().sum())
         estimate = np.square(spectra[name]).sum() + spectra.unresolved[name]
         assert estimate == pytest.approx(energy, rel=0.05)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_bfloat16_is_multiplied_only_where_the_processor_does(monkeypatch, passes):
+    model = wide_mlp().bfloat16().requires_grad_(False)
+    batches = [batch.bfloat16() for batch in batches_of(2)]
+    layer, x = model[0], batches[0]
+    piece = inputs_module.DenseInputs(x, torch.float32)
+    tokens = inputs_module.TokenInputs(torch.arange(len(x)), torch.float32)
+
+    def found(native):
+        monkeypatch.setattr(inputs_module, "multiplies_bfloat16", lambda device: native)
+        expected = torch.bfloat16 if native else torch.float32
+        gradient = layer(x)
+        assert {g.dtype for _, g in piece.pieces(gradient, low=True)} == {expected}
+        assert {x.dtype for x, _ in piece.pieces(gradient, low=True)} == {expected}
+        assert {g.dtype for _, g in tokens.pieces(gradient, low=True)} == {expected}
+        assert {g.dtype for _, g in piece.pieces(gradient)} == {torch.float32}
+        return gradient_spectra(model, batches, square_loss, rank=16, targets=["0"], passes=passes)
+
+    low, wide = found(True)["0"], found(False)["0"]
+    np.testing.assert_allclose(low, wide, rtol=0.01, atol=1e-3 * wide[0])
+    assert not np.array_equal(low, wide)
 
 
 def test_one_pass_over_a_real_transformer_is_as_coarse_as_stated(minilm):

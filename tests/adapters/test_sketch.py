@@ -5,6 +5,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is absent: pip install 'lorambo-alloc[torch]'")
 
+from lorambo_adapters.spectra import inputs as inputs_module  # noqa: E402
 from lorambo_adapters.spectra.gaussians import Gaussians  # noqa: E402
 from lorambo_adapters.spectra.inputs import DenseInputs, TokenInputs  # noqa: E402
 from lorambo_adapters.spectra.sketch import (  # noqa: E402
@@ -19,6 +20,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BFLOAT16 = torch.bfloat16
 CPU, DOUBLE, NONE = torch.device("cpu"), torch.float64, (None, None)
+
+
+@pytest.fixture(autouse=True)
+def arithmetic_for_bfloat16(monkeypatch):
+    """On any processor: where it has none, torch is slow, and these matrices are small."""
+    monkeypatch.setattr(inputs_module, "multiplies_bfloat16", lambda device: True)
 
 
 def data(d, k, tokens, seed=0):

@@ -46,9 +46,7 @@ def test_a_gradient_in_bfloat16_is_near_that_in_float32_on_any_processor(monkeyp
     batch = task.batch(task.splits["train"][:16])
     mode = SummedInFloat32()
     seen = []
-    monkeypatch.setattr(
-        module, "_emulated", lambda device: module.nullcontext() if native else mode
-    )
+    monkeypatch.setattr(module, "emulated", lambda device: module.nullcontext() if native else mode)
     original = SummedInFloat32.__torch_dispatch__
 
     def noted(self, func, types, args=(), kwargs=None):
@@ -76,12 +74,7 @@ def test_a_gradient_in_bfloat16_is_near_that_in_float32_on_any_processor(monkeyp
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_products_are_emulated_only_where_the_processor_has_none(monkeypatch, supported):
-    class Operators:
-        @staticmethod
-        def _is_mkldnn_bf16_supported():
-            return supported
-
-    monkeypatch.setattr(torch.ops, "mkldnn", Operators)
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: supported)
     used = []
     monkeypatch.setattr(SummedInFloat32, "__enter__", lambda self: used.append(self))
     monkeypatch.setattr(SummedInFloat32, "__exit__", lambda self, *error: None)

@@ -49,9 +49,9 @@ class GradientSketcher:
 
     Sums are float32, or float64 where the weights are. Products are too, but for sketches of layers
     with bfloat16 weights (or quantised ones), where tokens and gradients that come in bfloat16 are
-    multiplied as they are with test matrices that are rounded to it: faster where hardware has
-    bfloat16, and values are off by 0.1 to 0.3 % more, up or down (`sketch`). Not with a whitening,
-    and never where G itself is summed.
+    multiplied as they are with test matrices that are rounded to it, if the device has arithmetic
+    for it: that is faster, and values are off by 0.1 to 0.3 % more, up or down (`sketch`). Not with
+    a whitening, and never where G itself is summed.
 
     Memory: (d + k) s numbers a layer with one pass and 2 (d + k) s with more (s is the width; plus
     8 vectors in the last of several passes, the bases of the pass before, and with a whitening the
