@@ -1,6 +1,7 @@
 """Hypothesis profiles and fixtures.
 
-Profiles: `dev` is quick and random, `ci` is thorough and the same on every run.
+Profiles: `dev` is quick and random, `few` is as quick and the same on every run, `ci` is thorough
+and the same on every run.
 
 `HYPOTHESIS_PROFILE` (or pytest's `--hypothesis-profile`) chooses one; without it `ci` is used where
 the variable `CI` is set, and `dev` elsewhere. A property whose examples are slow or quick scales
@@ -21,15 +22,16 @@ from hypothesis import HealthCheck, Phase, settings
 _CALM = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 settings.register_profile("dev", deadline=None, max_examples=40, suppress_health_check=_CALM)
-settings.register_profile(
-    "ci",
-    deadline=None,
-    max_examples=400,
-    derandomize=True,
-    database=None,
-    print_blob=True,
-    suppress_health_check=_CALM,
-)
+for name, count in (("few", 40), ("ci", 400)):
+    settings.register_profile(
+        name,
+        deadline=None,
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        print_blob=True,
+        suppress_health_check=_CALM,
+    )
 # For mutation testing: few examples, and no time spent on making a failure small.
 settings.register_profile(
     "mutation",
