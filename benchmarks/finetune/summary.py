@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.finetune.intervals import paired_interval
 from benchmarks.finetune.protocol import protocol
@@ -121,7 +122,8 @@ def first_ranks(results: Results) -> dict[str, dict[str, dict[str, int]]]:
 def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over fine-tunes of the test cuts, and paired differences to plain truncation.
 
-    An interval is a bootstrap of examples and, where there are several, of fine-tunes.
+    An interval is a bootstrap of examples and, where there are several, of fine-tunes. Differences
+    are of the loss, and of the accuracy where an example has one of two answers.
     """
     cuts: dict[tuple[str, str, str, int | None], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in content:
@@ -151,7 +153,12 @@ def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             plain = cuts.get((model, kind, PLAIN.label, other), {})
             seeds = sorted(set(by_seed) & set(plain))
             if seeds:
-                matrix = np.array([losses_of(by_seed[s]) - losses_of(plain[s]) for s in seeds])
+                ours, theirs = (
+                    np.array([losses_of(cut[s]) for s in seeds]) for cut in (by_seed, plain)
+                )
+                accuracy = None
+                if found[0]["accuracy"] is not None:
+                    accuracy = list(paired_interval(_right(ours) - _right(theirs)))
                 pairs.append(
                     {
                         "model": model,
@@ -161,10 +168,16 @@ def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                         "rank": rank,
                         "plain_rank": other,
                         "fine_tunes": len(seeds),
-                        "difference": list(paired_interval(matrix)),
+                        "difference": list(paired_interval(ours - theirs)),
+                        "accuracy_difference": accuracy,
                     }
                 )
     return {"means": means, "pairs": pairs}
+
+
+def _right(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 where the right one of two answers is the likelier one, whose loss is then below log 2."""
+    return (losses < np.log(2)).astype(np.float64)
 
 
 def differences(summary: Mapping[str, Any]) -> list[tuple[Any, ...]]:
@@ -209,10 +222,11 @@ def pictures(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def extraction_table(found: Mapping[str, Any]) -> str:
-    """Loss and KL of the test cuts, with the differences to plain truncation at rank 4."""
+    """Loss, KL and accuracy of the test cuts, and differences to plain truncation at rank 4."""
     lines: list[dict[str, str]] = []
     kinds = dict.fromkeys((row["kind"], row["label"], row["rank"]) for row in found["means"])
     models = [m for m in TASKS if any(row["model"] == m for row in found["means"])]
+    answering = {row["model"] for row in found["means"] if row["accuracy"] is not None}
     for kind, label, rank in kinds:
         line = {
             "source": _SOURCES[kind],
@@ -226,16 +240,24 @@ def extraction_table(found: Mapping[str, Any]) -> str:
                 if (row["model"], row["kind"], row["label"], row["rank"])
                 == (model, kind, label, rank)
             ]
-            line[MODELS[model]] = f"{own[0]['loss']:.4f} / {own[0]['kl']:.3f}" if own else ""
             pair = [
-                pair["difference"]
+                pair
                 for pair in found["pairs"]
                 if (pair["model"], pair["kind"], pair["label"], pair["rank"], pair["plain_rank"])
                 == (model, kind, label, rank, 4)
             ]
-            line[f"{MODELS[model]} less plain rank 4"] = (
-                "{:+.4f} [{:+.4f}, {:+.4f}]".format(*pair[0]) if pair else ""
+            shown = MODELS[model]
+            line[shown] = f"{own[0]['loss']:.4f} / {own[0]['kl']:.3f}" if own else ""
+            line[f"{shown} less plain rank 4"] = (
+                "{:+.4f} [{:+.4f}, {:+.4f}]".format(*pair[0]["difference"]) if pair else ""
             )
+            if model in answering:
+                line[f"{shown}, right"] = f"{own[0]['accuracy']:.1%}" if own else ""
+                line[f"{shown}, right, less plain rank 4"] = (
+                    "{:+.1%} [{:+.1%}, {:+.1%}]".format(*pair[0]["accuracy_difference"])
+                    if pair
+                    else ""
+                )
         lines.append(line)
     return markdown(lines)
 

@@ -69,6 +69,26 @@ def test_cuts_are_paired_by_fine_tune_and_example() -> None:
     assert "| default " in table
 
 
+def test_accuracies_of_two_answers_are_paired_too() -> None:
+    right, wrong = 0.6, 0.8  # either side of log 2
+    plain, ours = [right, right, wrong, wrong], [right, wrong, right, right]
+    found = summary.extraction(
+        [
+            cut(PLAIN.label, 4, 0, plain, model="minilm", accuracy=0.5),
+            cut(DEFAULT.label, 1, 0, ours, model="minilm", accuracy=0.75),
+            *cuts(),
+        ]
+    )
+    pair, of_a_language_model = found["pairs"]
+    mean, low, high = pair["accuracy_difference"]
+    assert mean == 0.25
+    assert -1 <= low < 0.25 < high <= 1
+    table = summary.extraction_table(found)
+    assert "| 75.0%" in table
+    assert f"+25.0% [{low:+.1%}, {high:+.1%}]" in table
+    assert of_a_language_model["accuracy_difference"] is None
+
+
 @pytest.mark.parametrize(
     ("arm", "name"),
     [
