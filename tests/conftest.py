@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, Phase, settings
 _CALM = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 settings.register_profile("dev", deadline=None, max_examples=40, suppress_health_check=_CALM)
-for name, count in (("few", 40), ("ci", 400)):
+for name, count in (("few", 40), ("ci", 200)):
     settings.register_profile(
         name,
         deadline=None,
