@@ -94,8 +94,13 @@ def fine_tuned(task: Task, kind: str, seed: int, rate: float) -> FineTune:
 
 
 def best_fine_tune(task: Task, kind: str, seed: int) -> FineTune:
-    """The one of the recipe's learning rates that has the lowest loss on dev, by seed 0."""
+    """The one of the recipe's learning rates that has the lowest loss on dev, by seed 0.
+
+    Where there is one rate, seed 0 is not made for another seed's sake.
+    """
     rates = RECIPES[task.name].rates[kind]
+    if len(rates) == 1:
+        return fine_tuned(task, kind, seed, rates[0])
     losses = {rate: _dev_loss(task, kind, 0, rate) for rate in rates}
     best = fine_tuned(task, kind, seed, min(losses, key=lambda rate: losses[rate]))
     return FineTune(best.state, {**best.record, "dev_losses": {f"{r:g}": losses[r] for r in rates}})
