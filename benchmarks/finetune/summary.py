@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.finetune.intervals import paired_interval
+from benchmarks.finetune.intervals import crossed_interval, paired_interval
 from benchmarks.finetune.protocol import protocol
 from benchmarks.finetune.report import Results, frame, learning, rows
 from benchmarks.finetune.rules import DEFAULT, ENERGY, FIT_ALONE, PLAIN, UNFITTED
@@ -122,8 +122,9 @@ def first_ranks(results: Results) -> dict[str, dict[str, dict[str, int]]]:
 def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over fine-tunes of the test cuts, and paired differences to plain truncation.
 
-    An interval is a bootstrap of examples and, where there are several, of fine-tunes. Differences
-    are of the loss, and of the accuracy where an example has one of two answers.
+    An interval is a bootstrap of examples and, where there are several, of fine-tunes; "crossed" is
+    Student's (`crossed_interval`), which few fine-tunes need. Differences are of the loss, and of
+    the accuracy where an example has one of two answers.
     """
     cuts: dict[tuple[str, str, str, int | None], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in content:
@@ -156,7 +157,7 @@ def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 ours, theirs = (
                     np.array([losses_of(cut[s]) for s in seeds]) for cut in (by_seed, plain)
                 )
-                accuracy = None
+                crossed, accuracy = crossed_interval(ours - theirs), None
                 if found[0]["accuracy"] is not None:
                     accuracy = list(paired_interval(_right(ours) - _right(theirs)))
                 pairs.append(
@@ -169,6 +170,8 @@ def extraction(content: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                         "plain_rank": other,
                         "fine_tunes": len(seeds),
                         "difference": list(paired_interval(ours - theirs)),
+                        "by_fine_tune": [float(mean) for mean in (ours - theirs).mean(1)],
+                        "crossed": crossed and list(crossed),
                         "accuracy_difference": accuracy,
                     }
                 )

@@ -60,6 +60,11 @@ def test_cuts_are_paired_by_fine_tune_and_example() -> None:
     mean, low, high = pair["difference"]
     assert mean == pytest.approx(-0.5)
     assert (low, high) == pytest.approx((-0.75, -0.25))  # both fine-tunes drawn alike
+    assert pair["by_fine_tune"] == pytest.approx([-0.25, -0.75])
+    mean, low, high = pair["crossed"]
+    assert mean == pytest.approx(-0.5)
+    half = 12.706 * 0.25  # of two values that differ by 0.5: Student's with one degree of freedom
+    assert (low, high) == pytest.approx((-0.5 - half, -0.5 + half), rel=1e-4)
     means = {(row["label"], row["rank"]): row for row in found["means"]}
     assert means[DEFAULT.label, 1]["loss"] == pytest.approx(3.5 + 0.5 - 0.5)
     assert means[DEFAULT.label, 1]["parameters"] == 10
@@ -87,6 +92,7 @@ def test_accuracies_of_two_answers_are_paired_too() -> None:
     assert "| 75.0%" in table
     assert f"+25.0% [{low:+.1%}, {high:+.1%}]" in table
     assert of_a_language_model["accuracy_difference"] is None
+    assert (pair["fine_tunes"], pair["crossed"]) == (1, None)
 
 
 @pytest.mark.parametrize(
