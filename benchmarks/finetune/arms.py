@@ -172,14 +172,19 @@ def starting_ranks(
     curves = None
     if arm.curves is not None:
         curves = {layer: _long_enough(c, rank + 1) for layer, c in arm.curves(measuring).items()}
-        above = {layer: curve[arm.floor :] for layer, curve in curves.items()}
-        chosen = spend_exactly(above, costs, budget - arm.floor * sum(costs.values()))
-        ranks = {layer: arm.floor + more for layer, more in chosen.items()}
+        ranks = best_ranks(arm, curves, costs, rank)
     else:
         assert arm.ranks is not None
         ranks = nearest_exact(arm.ranks(measuring), costs, budget)
     seconds = time.perf_counter() - begun
     return Start(control(name, ranks, costs, seed), curves, seconds)
+
+
+def best_ranks(arm: Arm, curves: Curves, costs: Mapping[str, int], rank: int) -> dict[str, int]:
+    """The best ranks by these curves that cost exactly what `rank` in every layer does."""
+    above = {layer: _long_enough(curve, rank + 1)[arm.floor :] for layer, curve in curves.items()}
+    chosen = spend_exactly(above, costs, (rank - arm.floor) * sum(costs.values()))
+    return {layer: arm.floor + more for layer, more in chosen.items()}
 
 
 def _long_enough(curve: npt.NDArray[np.float64], length: int) -> npt.NDArray[np.float64]:

@@ -64,7 +64,12 @@ class Measuring:
     @property
     def most(self) -> int:
         """Ranks that a layer may have."""
-        return max(64, 4 * self.rank)
+        return most_ranks(self.rank)
+
+
+def most_ranks(rank: int) -> int:
+    """Ranks that a layer may have at the cost of this uniform rank."""
+    return max(64, 4 * rank)
 
 
 def gradient(measuring: Measuring, *, passes: int = 3) -> Curves:
@@ -102,6 +107,10 @@ def kfac(measuring: Measuring) -> Curves:
         seed=measuring.seed,
     )
     return _sums(found, 2)
+
+
+OF_THE_MODEL = (gradient, gradient_nuclear, first_step, kfac)
+"""Signals that look at the model alone: budgets of one `most_ranks` share a measurement."""
 
 
 def directions(measuring: Measuring) -> Curves:

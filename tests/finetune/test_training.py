@@ -325,6 +325,33 @@ def test_a_start_is_kept_for_the_settings_that_it_was_measured_with(task, tmp_pa
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize(("arm", "shared"), [("gradient_floor", True), ("start", False)])
+def test_budgets_share_what_a_signal_of_the_model_measures(
+    arm, shared, task, tmp_path, monkeypatch
+):
+    agreed = replace(protocols.protocol("minilm"), rates=(1e-2, 2e-2), budgets=(1, 2, 40))
+    monkeypatch.setattr(protocols, "protocol", lambda name: agreed)
+    seen = []
+
+    def measured(*given, **options):
+        seen.append(options["rank"])
+        return starting_ranks(*given, **options)
+
+    monkeypatch.setattr(starts, "starting_ranks", measured)
+    for rank in (1, 2):
+        found = starts.kept_start(Run("tiny", arm, rank, 1e-2, 0, "dev"), task, SETTINGS, tmp_path)
+        alone = starting_ranks(arm, task, rank=rank, seed=0, rate=1e-2, batches=2, size=8)
+        assert found.ranks == alone.ranks
+    assert seen == ([1] if shared else [1, 2])
+    written = {path.name for path in tmp_path.glob("*/*")}
+    assert written == {f"{arm}-b1-s0.json", f"{arm}-b2-s0.json"}  # another `most` at 40
+    anew = replace(SETTINGS, batch=4)
+    for rank in (2, 1):
+        run = Run("tiny", arm, rank, 1e-2, 0, "dev")
+        assert starts.kept_start(run, task, anew, tmp_path).ranks.keys() == found.ranks.keys()
+    assert seen == ([1, 2] if shared else [1, 2, 2, 1])
+
+
 @pytest.mark.parametrize("kind", ["shuffled", "inverted"])
 def test_a_control_permutes_the_ranks_that_were_measured(kind, task, tmp_path, monkeypatch):
     agreed = replace(protocols.protocol("minilm"), rates=(1e-2, 2e-2))
@@ -332,7 +359,8 @@ def test_a_control_permutes_the_ranks_that_were_measured(kind, task, tmp_path, m
     run = Run("tiny", f"{kind}:gradient", 1, 1e-2, 5, "dev")
     own = starting_ranks(run.arm, task, rank=1, seed=5, rate=1e-2, batches=2, size=8)
     assert starts.kept_start(run, task, SETTINGS, tmp_path).ranks == own.ranks
-    assert [path.name for path in tmp_path.glob("*/*")] == ["gradient-b1-s5.json"]
+    written = {path.name for path in tmp_path.glob("*/*")}
+    assert written == {f"gradient-b{rank}-s5.json" for rank in agreed.budgets}
     with pytest.raises(ValueError, match="control of an arm with measured ranks"):
         starts.kept_start(replace(run, arm=f"{kind}:uniform"), task, SETTINGS, tmp_path)
 
