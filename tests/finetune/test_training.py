@@ -352,6 +352,20 @@ def test_budgets_share_what_a_signal_of_the_model_measures(
     assert seen == ([1, 2] if shared else [1, 2, 2, 1])
 
 
+def test_what_was_measured_for_another_budget_is_left_as_it_is(task, tmp_path, monkeypatch):
+    agreed = replace(protocols.protocol("minilm"), rates=(1e-2, 2e-2), budgets=(1, 2))
+    monkeypatch.setattr(protocols, "protocol", lambda name: agreed)
+    for rank in (1, 2):
+        starts.kept_start(Run("tiny", "gradient", rank, 1e-2, 0, "dev"), task, SETTINGS, tmp_path)
+    first, second = (tmp_path / "tiny" / f"gradient-b{rank}-s0.json" for rank in (1, 2))
+    content = json.loads(first.read_text()) | {"seconds": 99.0}
+    first.write_text(json.dumps(content))
+    second.unlink()
+    starts.kept_start(Run("tiny", "gradient", 2, 1e-2, 0, "dev"), task, SETTINGS, tmp_path)
+    assert second.exists()
+    assert json.loads(first.read_text()) == content
+
+
 @pytest.mark.parametrize("kind", ["shuffled", "inverted"])
 def test_a_control_permutes_the_ranks_that_were_measured(kind, task, tmp_path, monkeypatch):
     agreed = replace(protocols.protocol("minilm"), rates=(1e-2, 2e-2))
