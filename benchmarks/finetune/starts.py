@@ -68,12 +68,8 @@ def kept_start(run: Run, task: Task, settings: Settings, folder: Path) -> Start:
     if content.get("options") != options:
         found = starting_ranks(run.arm, task, **options)
         content = _write(files[run.rank], options, found, arm)
-        for rank, file in files.items():
-            shared = {**options, "rank": rank}
-            if _share(arm, run.rank, rank) and _read(file).get("options") != shared:
-                assert found.curves is not None
-                ranks = best_ranks(arm, found.curves, _costs(task), rank)
-                _write(file, shared, replace(found, ranks=ranks), arm)
+        if arm.curves in OF_THE_MODEL:
+            _write_others(files, options, found, arm, _costs(task))
     curves = content["curves"]
     return Start(
         content["ranks"],
@@ -86,9 +82,20 @@ def _costs(task: Task) -> dict[str, int]:
     return {layer.name: sum(layer.shape) for layer in find_layers(task.model(), task.targets)}
 
 
-def _share(arm: Arm, measured: int, other: int) -> bool:
-    """Whether budgets of these two uniform ranks have one measurement."""
-    return arm.curves in OF_THE_MODEL and most_ranks(measured) == most_ranks(other)
+def _write_others(
+    files: Mapping[int, Path],
+    options: Mapping[str, Any],
+    start: Start,
+    arm: Arm,
+    costs: Mapping[str, int],
+) -> None:
+    """Write the best ranks of the other budgets by what was measured for one, where none are."""
+    assert start.curves is not None
+    for rank, file in files.items():
+        shared = {**options, "rank": rank}
+        if most_ranks(rank) == most_ranks(options["rank"]) and _read(file).get("options") != shared:
+            ranks = best_ranks(arm, start.curves, costs, rank)
+            _write(file, shared, replace(start, ranks=ranks), arm)
 
 
 def _read(file: Path) -> dict[str, Any]:
