@@ -11,8 +11,7 @@ save alone, layers stand in for each other, and no sum of layers' gains can fore
 
 Rank correlations (Spearman) are over layers; "per parameter" divides both by the cost of the ranks,
 which is what decides where a rank goes. It is above 0 even where the signal tells nothing, as both
-are divided by the same costs; "at one cost" is free of that: the mean of the correlations among
-layers of one cost, by their numbers.
+are divided by the same costs; the columns of one cost each are free of that.
 """
 
 from __future__ import annotations
@@ -120,40 +119,36 @@ def measure(task: Task, options: argparse.Namespace, output: Path) -> dict[str, 
 
 def correlations(content: Mapping[str, Any]) -> str:
     """Spearman's correlation of each signal with what was saved, as markdown."""
-    from scipy.stats import spearmanr
-
     names = list(content["saved"])
     saved = np.array([content["saved"][name] for name in names])
     costs = np.array([content["costs"][name] for name in names], dtype=np.float64)
+    groups = {
+        f"cost {cost:g} ({np.sum(costs == cost)})": costs == cost for cost in np.unique(costs)
+    }
     table: list[dict[str, str]] = []
     for signal, values in content["predicted"].items():
         predicted = np.array([values[name] for name in names])
-        plain = spearmanr(predicted, saved).statistic
-        each = spearmanr(predicted / costs, saved / costs).statistic
         ratio = np.median(predicted / np.maximum(saved, 1e-12))
         table.append(
             {
                 "signal": signal,
                 "layers": str(len(names)),
-                "correlation": f"{plain:.2f}",
-                "per parameter": f"{each:.2f}",
-                "at one cost": f"{_at_one_cost(predicted, saved, costs):.2f}",
+                "correlation": _correlation(predicted, saved),
+                "per parameter": _correlation(predicted / costs, saved / costs),
+                **{g: _correlation(predicted[of], saved[of]) for g, of in groups.items()},
                 "median predicted / saved": f"{ratio:.3g}",
             }
         )
     return markdown(table)
 
 
-def _at_one_cost(predicted: np.ndarray, saved: np.ndarray, costs: np.ndarray) -> float:
-    """The mean of Spearman's correlations among layers of one cost, by their numbers."""
+def _correlation(predicted: np.ndarray, saved: np.ndarray) -> str:
+    """Spearman's, `-` for fewer than three layers."""
     from scipy.stats import spearmanr
 
-    groups = [costs == cost for cost in np.unique(costs)]
-    groups = [group for group in groups if group.sum() > 2]
-    if not groups:
-        return float("nan")
-    found = [spearmanr(predicted[group], saved[group]).statistic for group in groups]
-    return float(np.average(found, weights=[group.sum() for group in groups]))
+    if len(saved) < 3:
+        return "-"
+    return f"{spearmanr(predicted, saved).statistic:.2f}"
 
 
 def _started(task: Task, seed: int, size: int) -> torch.nn.Module:

@@ -388,10 +388,24 @@ def test_a_signal_that_tells_nothing_has_no_correlation_at_one_cost():
         "predicted": {"noise": dict(zip(names, draw.lognormal(0, 0.3, 900), strict=True))},
     }
     cells = [cell.strip() for cell in correlations(content).splitlines()[-1].split("|")]
-    plain, each, at_one_cost = (float(cell) for cell in cells[3:6])
+    plain, each, *at_one_cost = (float(cell) for cell in cells[3:7])
     assert abs(plain) < 0.1
     assert each > 0.4  # of the costs alone
-    assert abs(at_one_cost) < 0.1
+    assert max(abs(correlation) for correlation in at_one_cost) < 0.15
+
+
+def test_layers_of_one_cost_have_a_correlation_of_their_own():
+    saved = {"a": 1.0, "b": 2.0, "c": 3.0, "x": 1.0, "y": 2.0, "z": 3.0, "alone": 1.0}
+    content = {
+        "costs": {name: 768 for name in "abc"} | {name: 1920 for name in "xyz"} | {"alone": 5},
+        "saved": saved,
+        "predicted": {"signal": saved | {"x": 3.0, "z": 1.0}},
+    }
+    head, _, row = (line.split("|") for line in correlations(content).splitlines())
+    found = {name.strip(): cell.strip() for name, cell in zip(head, row, strict=True)}
+    assert found["cost 768 (3)"] == "1.00"
+    assert found["cost 1920 (3)"] == "-1.00"
+    assert found["cost 5 (1)"] == "-"
 
 
 def test_layers_are_trained_alone_and_together(task, tmp_path, monkeypatch):
